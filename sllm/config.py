@@ -1,0 +1,161 @@
+"""The one configuration loader: TOML file -> checked values. An unknown key is an error that names its place.
+
+One model per process (`ControllerConfig`, `GatewayConfig`, `AgentConfig`). Relative paths are relative to the
+process' working directory. Secrets are never values here: keys are paths to files.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from sllm.core.ids import node_name
+from sllm.errors import InvalidConfiguration, SllmError
+
+_GIB = 1 << 30
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _checked_address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError("write HOST:PORT")
+    return value
+
+
+def _checked_node_name(value: str) -> str:
+    try:
+        return node_name(value)
+    except SllmError as error:
+        raise ValueError(error.message) from error
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+
+
+class TlsConfig(_Section):
+    """Paths of PEM files. Leaving the section out means no TLS, which is for loopback only."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+class LogConfig(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    json_lines: bool = Field(default=False, alias="json")
+
+
+class ControllerConfig(_Section):
+    listen: Address = "127.0.0.1:7700"
+    state_dir: Path
+    tls: TlsConfig | None = None
+    log: LogConfig = LogConfig()
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    suspect_after: int = Field(default=3, ge=1, description="missed heartbeats")
+    node_lease_s: float = Field(default=15.0, gt=0, description="a silent node is dead after this")
+    queue_per_deployment: int = Field(default=256, ge=1, description="requests held at most")
+    max_start_failures: int = Field(default=3, ge=1, description="failed starts in a row before giving up")
+    start_backoff_s: float = Field(default=1.0, ge=0, description="doubles with each failed start")
+    drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
+
+
+class GatewayConfig(_Section):
+    listen: Address = "127.0.0.1:8080"
+    controller: Address
+    name: str = "gateway"
+    state_dir: Path
+    tls: TlsConfig | None = None
+    log: LogConfig = LogConfig()
+    allow_any_key: bool = False
+    queue_timeout_s: float = Field(default=300.0, gt=0, description="a held request waits this long at most")
+    comment_after_s: float = Field(default=1.0, ge=0, description="then a held stream gets progress comments")
+    comment_every_s: float = Field(default=1.0, gt=0)
+    max_body_bytes: int = Field(default=10_000_000, gt=0)
+
+
+class DevicesConfig(_Section):
+    """`kind = "auto"` takes the GPUs where there is a driver, else CPU slots. `memory_bytes` 0: divide what is free."""
+
+    kind: Literal["auto", "cuda", "cpu"] = "auto"
+    uuids: list[str] = Field(default_factory=list, description="which GPUs; empty: all")
+    cpu_slots: int = Field(default=1, ge=1)
+    cpu_threads: int = Field(default=0, ge=0, description="threads per slot; 0: divide the cores")
+    memory_bytes: int = Field(default=0, ge=0, description="memory per CPU slot")
+
+
+class StoreConfig(_Section):
+    """The checkpoint store (SSD) and the pool (DRAM). 0 means: all of the disk; a quarter of the free memory."""
+
+    ssd_bytes: int = Field(default=0, ge=0)
+    dram_bytes: int = Field(default=0, ge=0)
+
+
+class SourcesConfig(_Section):
+    """Folders that `sllm checkpoint add` may read from on this node."""
+
+    roots: list[Path] = Field(default_factory=lambda: [Path("/")])
+
+
+class EngineConfig(_Section):
+    kind: Literal["vllm", "fake"] = "vllm"
+    kv_cache_bytes: int = Field(default=_GIB // 4, gt=0, description="per replica, on CPU devices")
+    grace_s: float = Field(default=60.0, gt=0, description="an engine host without its agent ends after this")
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    bind_host: str = "127.0.0.1"
+
+
+class AgentConfig(_Section):
+    name: Annotated[str, AfterValidator(_checked_node_name)]
+    listen: Address = "127.0.0.1:7710"
+    advertise: Address | None = Field(default=None, description="how others reach `listen`; None: the same")
+    controller: Address
+    state_dir: Path
+    tls: TlsConfig | None = None
+    log: LogConfig = LogConfig()
+    devices: DevicesConfig = DevicesConfig()
+    store: StoreConfig = StoreConfig()
+    sources: SourcesConfig = SourcesConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+Config = TypeVar("Config", bound=_Section)
+
+
+def load(path: Path, model: type[Config]) -> Config:
+    """Read and check a TOML file. Raises InvalidConfiguration with the file and the key."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidConfiguration(f"cannot read configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidConfiguration(f"{path} is not TOML: {error}") from error
+    return check(values, model, origin=str(path))
+
+
+def check(values: dict[str, Any], model: type[Config], *, origin: str) -> Config:
+    """Check values from anywhere; `origin` is how the error names them."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InvalidConfiguration(
+            f"{origin}: {_first_problem(error)}", hint=f"known keys: {', '.join(_keys(model))}"
+        ) from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {place!r}"
+    return f"{place}: {first['msg']}"
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]

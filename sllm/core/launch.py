@@ -1,0 +1,99 @@
+"""Launch: what an agent tells its warm process to start, and the record by which an engine host is found again.
+
+Agent and warm process speak over a SOCK_SEQPACKET Unix socket pair, one JSON object per packet: the warm process says
+`{"ready": WarmReady}` once; the agent asks `{"fork": NONCE}`, with three descriptors beside it (SCM_RIGHTS): a memfd
+with the Launch as JSON (an index of 10,000 tensors does not fit in a packet), the weights' memfd, and the log file; the
+warm process answers `{"forked": NONCE, "pid": PID}` or `{"error": TEXT, "nonce": NONCE}`. This module only says what
+the messages hold; it opens nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sllm.core.ids import DeviceId, ReplicaId
+from sllm.core.replica import ReplicaSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where a tensor lies in the weights' shared memory: bytes from `offset`, torch dtype by name, shape."""
+
+    name: str
+    offset: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One engine host to fork. `nonce` proves later that a found process is the one meant.
+
+    `execution_dir` holds the checkpoint's execution files. `record_path` is where the host writes its LaunchRecord.
+    """
+
+    spec: ReplicaSpec
+    nonce: str
+    tensors: tuple[TensorEntry, ...]
+    execution_dir: str
+    record_path: str
+    bind_host: str
+    device_kind: str
+    device_ids: tuple[DeviceId, ...]
+    threads: int
+    memory_bytes: int
+    kv_cache_bytes: int
+    grace_s: float
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Launch:
+        values: dict[str, Any] = json.loads(text)
+        values["spec"] = ReplicaSpec(**{**values["spec"], "devices": tuple(values["spec"]["devices"])})
+        values["tensors"] = tuple(
+            TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["tensors"]
+        )
+        values["device_ids"] = tuple(values["device_ids"])
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchRecord:
+    """Written by an engine host once it listens; read by its agent, at once or after a restart of the agent.
+
+    `start_ticks` (field 22 of /proc/PID/stat) tells this process from a later one with the same pid.
+    """
+
+    replica: ReplicaId
+    nonce: str
+    pid: int
+    start_ticks: int
+    address: str
+    spec: ReplicaSpec
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LaunchRecord:
+        values: dict[str, Any] = json.loads(text)
+        values["spec"] = ReplicaSpec(**{**values["spec"], "devices": tuple(values["spec"]["devices"])})
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmReady:
+    """What a warm process says once, when it can fork."""
+
+    engine: str
+    version: str
+    seconds: float
+    architectures: tuple[str, ...] = field(default_factory=tuple)

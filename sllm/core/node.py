@@ -1,0 +1,54 @@
+"""Node: a GPU server, as its agent reports it and as the controller judges it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sllm.core.checkpoint import Checkpoint
+from sllm.core.device import Device
+from sllm.core.ids import NodeName
+from sllm.core.replica import ReplicaStatus
+from sllm.core.residency import Residency, TierUsage
+
+
+class NodeState(StrEnum):
+    JOINING = "joining"
+    READY = "ready"
+    SUSPECT = "suspect"  # heartbeats are missing: nothing new is placed here, what runs goes on
+    DRAINING = "draining"
+    CORDONED = "cordoned"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """The whole state of a node, as its agent sees it. Level-triggered: the latest report is the truth.
+
+    `incarnation` is drawn anew by each start of an agent; `revision` grows with each change within an incarnation.
+    `architectures` lists what the node's engine can serve; empty means that it is not known yet.
+    """
+
+    name: NodeName
+    incarnation: str
+    revision: int
+    address: str
+    version: str
+    engine: str
+    warm: bool
+    devices: tuple[Device, ...] = ()
+    tiers: tuple[TierUsage, ...] = ()
+    residencies: tuple[Residency, ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    replicas: tuple[ReplicaStatus, ...] = ()
+    architectures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A node as the controller knows it: the last report, and the controller's judgement of it."""
+
+    report: NodeReport
+    state: NodeState
+    last_seen: float
+    cordoned: bool = False

@@ -1,0 +1,139 @@
+"""AgentService: the controller's commands to an agent, and where gateways get execution files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from sllm.core.checkpoint import Checkpoint, ExecutionFile
+from sllm.core.ids import CheckpointName, OperationId, ReplicaId
+from sllm.core.replica import ReplicaSpec
+from sllm.rpc import agent_pb2, common_pb2
+from sllm.rpc.control import Empty, LogChunk
+from sllm.rpc.transport import Client, Handlers, Method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddCheckpointCommand:
+    """Repeating it with the same name and source attaches to the work under way, or finds it done."""
+
+    epoch: int
+    operation: OperationId
+    name: CheckpointName
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddProgress:
+    """The last one has the `checkpoint`."""
+
+    done_bytes: int
+    total_bytes: int
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveCheckpointCommand:
+    epoch: int
+    name: CheckpointName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReplicaCommand:
+    """Answered when the agent has leased the devices; how the start goes on is in its reports."""
+
+    epoch: int
+    spec: ReplicaSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopReplicaCommand:
+    """Requests still running get `drain_s` to finish, 0 stops at once. Stopping what is not there is no error."""
+
+    epoch: int
+    replica: ReplicaId
+    generation: int
+    drain_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetExecutionFilesRequest:
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentReadLogsRequest:
+    """An empty `replica` means the agent's own log."""
+
+    replica: str
+    lines: int
+
+
+class AgentService(Protocol):
+    """Commands of a lower epoch than one already seen raise StaleGeneration."""
+
+    def add_checkpoint(self, request: AddCheckpointCommand) -> AsyncIterator[AddProgress]: ...
+    async def remove_checkpoint(self, request: RemoveCheckpointCommand) -> Empty: ...
+    async def start_replica(self, request: StartReplicaCommand) -> Empty: ...
+    async def stop_replica(self, request: StopReplicaCommand) -> Empty: ...
+    def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]: ...
+    def read_logs(self, request: AgentReadLogsRequest) -> AsyncIterator[LogChunk]: ...
+
+
+NAME = "sllm.rpc.AgentService"
+_c, _m = common_pb2, agent_pb2
+ADD_CHECKPOINT = Method(
+    "AddCheckpoint", AddCheckpointCommand, _m.AgentAddCheckpointRequest, AddProgress, _m.AddProgress, "stream"
+)
+REMOVE_CHECKPOINT = Method(
+    "RemoveCheckpoint", RemoveCheckpointCommand, _m.AgentRemoveCheckpointRequest, Empty, _c.Empty
+)
+START_REPLICA = Method("StartReplica", StartReplicaCommand, _m.StartReplicaRequest, Empty, _c.Empty)
+STOP_REPLICA = Method("StopReplica", StopReplicaCommand, _m.StopReplicaRequest, Empty, _c.Empty)
+GET_EXECUTION_FILES = Method(
+    "GetExecutionFiles",
+    GetExecutionFilesRequest,
+    _m.GetExecutionFilesRequest,
+    ExecutionFile,
+    _c.ExecutionFile,
+    "stream",
+)
+READ_LOGS = Method("ReadLogs", AgentReadLogsRequest, _m.AgentReadLogsRequest, LogChunk, _c.LogChunk, "stream")
+METHODS = (ADD_CHECKPOINT, REMOVE_CHECKPOINT, START_REPLICA, STOP_REPLICA, GET_EXECUTION_FILES, READ_LOGS)
+
+
+def handlers(implementation: AgentService) -> Handlers:
+    """Return the service for `transport.serve`."""
+    return Handlers(NAME, METHODS, implementation)
+
+
+class AgentClient(Client):
+    """Client of AgentService."""
+
+    service = NAME
+
+    async def add_checkpoint(self, request: AddCheckpointCommand) -> AsyncIterator[AddProgress]:
+        async with aclosing(self._stream(ADD_CHECKPOINT, request)) as stream:
+            async for progress in stream:
+                yield progress
+
+    async def remove_checkpoint(self, request: RemoveCheckpointCommand) -> Empty:
+        return await self._unary(REMOVE_CHECKPOINT, request)
+
+    async def start_replica(self, request: StartReplicaCommand) -> Empty:
+        return await self._unary(START_REPLICA, request)
+
+    async def stop_replica(self, request: StopReplicaCommand) -> Empty:
+        return await self._unary(STOP_REPLICA, request)
+
+    async def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
+        async with aclosing(self._stream(GET_EXECUTION_FILES, request, timeout_s=60.0)) as stream:
+            async for file in stream:
+                yield file
+
+    async def read_logs(self, request: AgentReadLogsRequest) -> AsyncIterator[LogChunk]:
+        async with aclosing(self._stream(READ_LOGS, request)) as stream:
+            async for chunk in stream:
+                yield chunk

@@ -1,0 +1,475 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_REMOTE: _ClassVar[Tier]
+    TIER_SSD: _ClassVar[Tier]
+    TIER_DRAM: _ClassVar[Tier]
+    TIER_DEVICE: _ClassVar[Tier]
+
+class ResidencyState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESIDENCY_STATE_UNSPECIFIED: _ClassVar[ResidencyState]
+    RESIDENCY_STATE_LOADING: _ClassVar[ResidencyState]
+    RESIDENCY_STATE_READY: _ClassVar[ResidencyState]
+    RESIDENCY_STATE_QUARANTINED: _ClassVar[ResidencyState]
+
+class DeviceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DEVICE_KIND_UNSPECIFIED: _ClassVar[DeviceKind]
+    DEVICE_KIND_CPU: _ClassVar[DeviceKind]
+    DEVICE_KIND_CUDA: _ClassVar[DeviceKind]
+
+class DeviceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DEVICE_STATE_UNSPECIFIED: _ClassVar[DeviceState]
+    DEVICE_STATE_FREE: _ClassVar[DeviceState]
+    DEVICE_STATE_LEASED: _ClassVar[DeviceState]
+    DEVICE_STATE_DIRTY: _ClassVar[DeviceState]
+    DEVICE_STATE_LOST: _ClassVar[DeviceState]
+
+class DeploymentState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DEPLOYMENT_STATE_UNSPECIFIED: _ClassVar[DeploymentState]
+    DEPLOYMENT_STATE_READY: _ClassVar[DeploymentState]
+    DEPLOYMENT_STATE_STARTING: _ClassVar[DeploymentState]
+    DEPLOYMENT_STATE_SLEEPING: _ClassVar[DeploymentState]
+    DEPLOYMENT_STATE_WAITING: _ClassVar[DeploymentState]
+    DEPLOYMENT_STATE_FAILED: _ClassVar[DeploymentState]
+    DEPLOYMENT_STATE_DELETING: _ClassVar[DeploymentState]
+
+class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLICA_STATE_UNSPECIFIED: _ClassVar[ReplicaState]
+    REPLICA_STATE_STARTING: _ClassVar[ReplicaState]
+    REPLICA_STATE_READY: _ClassVar[ReplicaState]
+    REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
+    REPLICA_STATE_STOPPING: _ClassVar[ReplicaState]
+    REPLICA_STATE_FAILED: _ClassVar[ReplicaState]
+
+class StartPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    START_PHASE_UNSPECIFIED: _ClassVar[StartPhase]
+    START_PHASE_QUEUED: _ClassVar[StartPhase]
+    START_PHASE_READING: _ClassVar[StartPhase]
+    START_PHASE_FORKING: _ClassVar[StartPhase]
+    START_PHASE_BUILDING: _ClassVar[StartPhase]
+    START_PHASE_READY: _ClassVar[StartPhase]
+
+class NodeState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NODE_STATE_UNSPECIFIED: _ClassVar[NodeState]
+    NODE_STATE_JOINING: _ClassVar[NodeState]
+    NODE_STATE_READY: _ClassVar[NodeState]
+    NODE_STATE_SUSPECT: _ClassVar[NodeState]
+    NODE_STATE_DRAINING: _ClassVar[NodeState]
+    NODE_STATE_CORDONED: _ClassVar[NodeState]
+    NODE_STATE_DEAD: _ClassVar[NodeState]
+
+class RequestState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_STATE_UNSPECIFIED: _ClassVar[RequestState]
+    REQUEST_STATE_HELD: _ClassVar[RequestState]
+    REQUEST_STATE_RUNNING: _ClassVar[RequestState]
+
+class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATION_STATE_UNSPECIFIED: _ClassVar[OperationState]
+    OPERATION_STATE_RUNNING: _ClassVar[OperationState]
+    OPERATION_STATE_DONE: _ClassVar[OperationState]
+    OPERATION_STATE_FAILED: _ClassVar[OperationState]
+TIER_REMOTE: Tier
+TIER_SSD: Tier
+TIER_DRAM: Tier
+TIER_DEVICE: Tier
+RESIDENCY_STATE_UNSPECIFIED: ResidencyState
+RESIDENCY_STATE_LOADING: ResidencyState
+RESIDENCY_STATE_READY: ResidencyState
+RESIDENCY_STATE_QUARANTINED: ResidencyState
+DEVICE_KIND_UNSPECIFIED: DeviceKind
+DEVICE_KIND_CPU: DeviceKind
+DEVICE_KIND_CUDA: DeviceKind
+DEVICE_STATE_UNSPECIFIED: DeviceState
+DEVICE_STATE_FREE: DeviceState
+DEVICE_STATE_LEASED: DeviceState
+DEVICE_STATE_DIRTY: DeviceState
+DEVICE_STATE_LOST: DeviceState
+DEPLOYMENT_STATE_UNSPECIFIED: DeploymentState
+DEPLOYMENT_STATE_READY: DeploymentState
+DEPLOYMENT_STATE_STARTING: DeploymentState
+DEPLOYMENT_STATE_SLEEPING: DeploymentState
+DEPLOYMENT_STATE_WAITING: DeploymentState
+DEPLOYMENT_STATE_FAILED: DeploymentState
+DEPLOYMENT_STATE_DELETING: DeploymentState
+REPLICA_STATE_UNSPECIFIED: ReplicaState
+REPLICA_STATE_STARTING: ReplicaState
+REPLICA_STATE_READY: ReplicaState
+REPLICA_STATE_DRAINING: ReplicaState
+REPLICA_STATE_STOPPING: ReplicaState
+REPLICA_STATE_FAILED: ReplicaState
+START_PHASE_UNSPECIFIED: StartPhase
+START_PHASE_QUEUED: StartPhase
+START_PHASE_READING: StartPhase
+START_PHASE_FORKING: StartPhase
+START_PHASE_BUILDING: StartPhase
+START_PHASE_READY: StartPhase
+NODE_STATE_UNSPECIFIED: NodeState
+NODE_STATE_JOINING: NodeState
+NODE_STATE_READY: NodeState
+NODE_STATE_SUSPECT: NodeState
+NODE_STATE_DRAINING: NodeState
+NODE_STATE_CORDONED: NodeState
+NODE_STATE_DEAD: NodeState
+REQUEST_STATE_UNSPECIFIED: RequestState
+REQUEST_STATE_HELD: RequestState
+REQUEST_STATE_RUNNING: RequestState
+OPERATION_STATE_UNSPECIFIED: OperationState
+OPERATION_STATE_RUNNING: OperationState
+OPERATION_STATE_DONE: OperationState
+OPERATION_STATE_FAILED: OperationState
+
+class ErrorDetail(_message.Message):
+    __slots__ = ("reason", "message", "hint", "retry_after_s")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    hint: str
+    retry_after_s: float
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class Empty(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Checkpoint(_message.Message):
+    __slots__ = ("name", "digest", "size_bytes", "architecture", "dtype", "tensor_count", "max_model_len", "source", "created_at")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    size_bytes: int
+    architecture: str
+    dtype: str
+    tensor_count: int
+    max_model_len: int
+    source: str
+    created_at: float
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., tensor_count: _Optional[int] = ..., max_model_len: _Optional[int] = ..., source: _Optional[str] = ..., created_at: _Optional[float] = ...) -> None: ...
+
+class ExecutionFile(_message.Message):
+    __slots__ = ("path", "content")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    content: bytes
+    def __init__(self, path: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class Residency(_message.Message):
+    __slots__ = ("checkpoint", "digest", "tier", "state", "size_bytes", "generation")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    digest: str
+    tier: Tier
+    state: ResidencyState
+    size_bytes: int
+    generation: int
+    def __init__(self, checkpoint: _Optional[str] = ..., digest: _Optional[str] = ..., tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[_Union[ResidencyState, str]] = ..., size_bytes: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class TierUsage(_message.Message):
+    __slots__ = ("tier", "capacity_bytes", "used_bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    capacity_bytes: int
+    used_bytes: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("id", "kind", "state", "memory_bytes", "model", "threads", "memory_used_bytes", "utilization_percent")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UTILIZATION_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    kind: DeviceKind
+    state: DeviceState
+    memory_bytes: int
+    model: str
+    threads: int
+    memory_used_bytes: int
+    utilization_percent: int
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[DeviceKind, str]] = ..., state: _Optional[_Union[DeviceState, str]] = ..., memory_bytes: _Optional[int] = ..., model: _Optional[str] = ..., threads: _Optional[int] = ..., memory_used_bytes: _Optional[int] = ..., utilization_percent: _Optional[int] = ...) -> None: ...
+
+class DeploymentSpec(_message.Message):
+    __slots__ = ("name", "checkpoint", "min_replicas", "max_replicas", "devices", "keep_alive_s", "target_concurrency", "max_model_len", "engine_args")
+    class EngineArgsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ALIVE_S_FIELD_NUMBER: _ClassVar[int]
+    TARGET_CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ARGS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    checkpoint: str
+    min_replicas: int
+    max_replicas: int
+    devices: int
+    keep_alive_s: float
+    target_concurrency: int
+    max_model_len: int
+    engine_args: _containers.ScalarMap[str, str]
+    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., devices: _Optional[int] = ..., keep_alive_s: _Optional[float] = ..., target_concurrency: _Optional[int] = ..., max_model_len: _Optional[int] = ..., engine_args: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Deployment(_message.Message):
+    __slots__ = ("spec", "revision", "digest", "created_at", "updated_at", "deleting")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    DELETING_FIELD_NUMBER: _ClassVar[int]
+    spec: DeploymentSpec
+    revision: int
+    digest: str
+    created_at: float
+    updated_at: float
+    deleting: bool
+    def __init__(self, spec: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., revision: _Optional[int] = ..., digest: _Optional[str] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., deleting: bool = ...) -> None: ...
+
+class ReplicaSpec(_message.Message):
+    __slots__ = ("id", "deployment", "revision", "generation", "checkpoint", "digest", "devices", "capacity", "max_model_len", "engine_args")
+    class EngineArgsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ARGS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    deployment: str
+    revision: int
+    generation: int
+    checkpoint: str
+    digest: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    capacity: int
+    max_model_len: int
+    engine_args: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., revision: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ..., digest: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., capacity: _Optional[int] = ..., max_model_len: _Optional[int] = ..., engine_args: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("spec", "state", "phase", "progress", "address", "pid", "error", "error_reason", "phases_s", "started_at", "ready_at", "running", "waiting", "memory_bytes")
+    class PhasesSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
+    PHASES_S_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    READY_AT_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    spec: ReplicaSpec
+    state: ReplicaState
+    phase: StartPhase
+    progress: float
+    address: str
+    pid: int
+    error: str
+    error_reason: str
+    phases_s: _containers.ScalarMap[str, float]
+    started_at: float
+    ready_at: float
+    running: int
+    waiting: int
+    memory_bytes: int
+    def __init__(self, spec: _Optional[_Union[ReplicaSpec, _Mapping]] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., phase: _Optional[_Union[StartPhase, str]] = ..., progress: _Optional[float] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ..., phases_s: _Optional[_Mapping[str, float]] = ..., started_at: _Optional[float] = ..., ready_at: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+
+class NodeReport(_message.Message):
+    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    WARM_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCIES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    incarnation: str
+    revision: int
+    address: str
+    version: str
+    engine: str
+    warm: bool
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierUsage]
+    residencies: _containers.RepeatedCompositeFieldContainer[Residency]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[Checkpoint]
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
+    architectures: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Node(_message.Message):
+    __slots__ = ("report", "state", "last_seen", "cordoned")
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
+    CORDONED_FIELD_NUMBER: _ClassVar[int]
+    report: NodeReport
+    state: NodeState
+    last_seen: float
+    cordoned: bool
+    def __init__(self, report: _Optional[_Union[NodeReport, _Mapping]] = ..., state: _Optional[_Union[NodeState, str]] = ..., last_seen: _Optional[float] = ..., cordoned: bool = ...) -> None: ...
+
+class RequestRow(_message.Message):
+    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    deployment: str
+    state: RequestState
+    replica: str
+    prompt_tokens: int
+    output_tokens: int
+    started_at: float
+    node: str
+    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
+
+class RouteTarget(_message.Message):
+    __slots__ = ("replica", "node", "address", "generation", "revision", "capacity")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    node: str
+    address: str
+    generation: int
+    revision: int
+    capacity: int
+    def __init__(self, replica: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[int] = ..., revision: _Optional[int] = ..., capacity: _Optional[int] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("deployment", "max_model_len", "targets", "sources")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    max_model_len: int
+    targets: _containers.RepeatedCompositeFieldContainer[RouteTarget]
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ..., max_model_len: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ..., sources: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RouteTable(_message.Message):
+    __slots__ = ("epoch", "revision", "routes")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    revision: int
+    routes: _containers.RepeatedCompositeFieldContainer[Route]
+    def __init__(self, epoch: _Optional[int] = ..., revision: _Optional[int] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ...) -> None: ...
+
+class Operation(_message.Message):
+    __slots__ = ("id", "kind", "target", "state", "phase", "progress", "error", "error_reason", "hint", "created_at", "updated_at")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    kind: str
+    target: str
+    state: OperationState
+    phase: str
+    progress: float
+    error: str
+    error_reason: str
+    hint: str
+    created_at: float
+    updated_at: float
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., target: _Optional[str] = ..., state: _Optional[_Union[OperationState, str]] = ..., phase: _Optional[str] = ..., progress: _Optional[float] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ..., hint: _Optional[str] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ...) -> None: ...
+
+class LogChunk(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
