@@ -23,7 +23,7 @@ WRITTEN_CHATS = Path(__file__).with_name("chats.json")
 PROSE_LINE = 50  # Documentation wraps prose at about 70 columns; code rarely has only lines this long.
 ANSWER_CHARS = 240  # Long enough for two or three sentences, short enough to be learnt to its end.
 SYSTEM_SHARE = 0.25
-TOOL_SHARE = 0.15
+TOOL_SHARE = 0.12
 WRITTEN_SHARE = 0.6
 PLAIN_TURNS_WITH_TOOLS = 0.3
 
@@ -148,8 +148,7 @@ def method_chats() -> list[Chat]:
             owner = "" if match["owner"] == "object" else f"{match['owner']}."
             answers.setdefault(owner + match["name"], first_sentences(match["body"]))
     return [
-        Chat(tuple(template.format(name) for template in METHOD_QUESTIONS), answer)
-        for name, answer in answers.items()
+        Chat(tuple(template.format(name) for template in METHOD_QUESTIONS), answer) for name, answer in answers.items()
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import random
 import re
@@ -83,7 +84,7 @@ CHAT_TEMPLATE = """\
 """
 
 SEED = 0
-STEPS = 1500
+STEPS = 1300
 WARMUP_STEPS = 40
 LEARNING_RATE = 3e-3
 FINAL_LEARNING_RATE = 1e-4
@@ -185,7 +186,7 @@ class Windows:
 
 
 def tokenised(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
-    return [tokenizer.encode(text + END_OF_TEXT) for text in texts]
+    return [tokenizer.encode(text + END_OF_TEXT, verbose=False) for text in texts]
 
 
 # Model
@@ -255,8 +256,17 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         pad_token_id=tokenizer.pad_token_id,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read what it writes.
     # In tokenizer_config.json, because not every reader of a checkpoint knows chat_template.jinja.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
+    name_tokenizer_class(folder / "tokenizer_config.json")
+
+
+def name_tokenizer_class(config: Path) -> None:
+    """Gives the tokenizer's class the name that transformers 4 knows as well as 5."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Checkpoint:
