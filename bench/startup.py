@@ -67,7 +67,7 @@ def warm_process_of(cluster: Cluster) -> Any:
 
 
 def drop_page_cache(cluster: Cluster) -> None:
-    for weights in (cluster.state / "node-0").rglob("*.safetensors"):
+    for weights in (cluster.state / "node-1").rglob("*.safetensors"):
         fd = os.open(weights, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
@@ -84,9 +84,9 @@ def rung_cold_process(cluster: Cluster) -> float:
 def rung_ssd(cluster: Cluster) -> float:
     """The pool dies with its agent, so a restarted agent has the checkpoint on SSD only."""
     to_zero(cluster)
-    agent = cluster.role("node-0")
+    agent = cluster.role("node-1")
     agent.kill()
-    cluster.until(lambda: cluster.restarted("node-0", agent), "a new agent", 60)
+    cluster.until(lambda: cluster.restarted("node-1", agent), "a new agent", 60)
     cluster.until(lambda: cluster.json("nodes")[0]["tiers"]["dram"]["used_bytes"] == 0, "an empty pool", 60)
     warm_again(cluster)
     drop_page_cache(cluster)

@@ -109,6 +109,7 @@ class EngineConfig(_Section):
     grace_s: float = Field(default=60.0, gt=0, description="an engine host without its agent ends after this")
     start_timeout_s: float = Field(default=600.0, gt=0)
     bind_host: str = "127.0.0.1"
+    stop_with_agent: bool = Field(default=False, description="an orderly stop of the agent stops engine hosts too")
 
 
 class AgentConfig(_Section):

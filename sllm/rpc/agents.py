@@ -78,7 +78,10 @@ class AgentService(Protocol):
     async def remove_checkpoint(self, request: RemoveCheckpointCommand) -> Empty: ...
     async def start_replica(self, request: StartReplicaCommand) -> Empty: ...
     async def stop_replica(self, request: StopReplicaCommand) -> Empty: ...
-    def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]: ...
+    def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
+        """May yield a file in pieces, one after the other, each with its path."""
+        ...
+
     def read_logs(self, request: AgentReadLogsRequest) -> AsyncIterator[LogChunk]: ...
 
 
@@ -109,6 +112,19 @@ def handlers(implementation: AgentService) -> Handlers:
     return Handlers(NAME, METHODS, implementation)
 
 
+async def joined(pieces: AsyncIterator[ExecutionFile]) -> AsyncIterator[ExecutionFile]:
+    """Join the pieces of each file."""
+    path, content = "", bytearray()
+    async for piece in pieces:
+        if path and piece.path != path:
+            yield ExecutionFile(path=path, content=bytes(content))
+            content.clear()
+        path = piece.path
+        content += piece.content
+    if path:
+        yield ExecutionFile(path=path, content=bytes(content))
+
+
 class AgentClient(Client):
     """Client of AgentService."""
 
@@ -129,6 +145,11 @@ class AgentClient(Client):
         return await self._unary(STOP_REPLICA, request)
 
     async def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
+        """Yield each file whole: on the wire a large one comes in pieces, messages in a row with the same path."""
+        async for file in joined(self._execution_pieces(request)):
+            yield file
+
+    async def _execution_pieces(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
         async with aclosing(self._stream(GET_EXECUTION_FILES, request, timeout_s=60.0)) as stream:
             async for file in stream:
                 yield file

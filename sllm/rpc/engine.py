@@ -4,7 +4,7 @@ per engine step for all requests of a gateway; cost is per message, so columns a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -313,7 +313,7 @@ class EngineClient(Client):
 
     service = NAME
 
-    async def attach(self, request: AttachRequest) -> AsyncIterator[HostStatus]:
+    async def attach(self, request: AttachRequest) -> AsyncGenerator[HostStatus, None]:
         async with aclosing(self._stream(ATTACH, request)) as stream:
             async for status in stream:
                 yield status

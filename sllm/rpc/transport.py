@@ -39,7 +39,7 @@ _KEEPALIVE: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
 _SERVER_ONLY: list[tuple[str, Any]] = [
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 4_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
     # Without this, two servers may listen on one port and each gets half of the calls.
     ("grpc.so_reuseport", 0),
 ]

@@ -113,12 +113,12 @@ def test_a_checkpoint_in_use_is_not_removed(fake_cluster: Cluster) -> None:
 
 
 def test_a_second_agent_with_the_same_name_is_refused(fake_cluster: Cluster) -> None:
-    config = next(fake_cluster.state.rglob("node-0.toml"))
+    config = next(fake_cluster.state.rglob("node-1.toml"))
     text = config.read_text()
     twin = fake_cluster.folder / "twin.toml"
-    twin.write_text(text.replace(str(fake_cluster.state / "node-0"), str(fake_cluster.folder / "twin")))
+    twin.write_text(text.replace(str(fake_cluster.state / "node-1"), str(fake_cluster.folder / "twin")))
     assert twin.read_text() != text
-    assert "node-0" in fake_cluster.cli("agent", "--config", str(twin), expect=4).stderr
+    assert "node-1" in fake_cluster.cli("agent", "--config", str(twin), expect=4).stderr
 
 
 def test_a_second_cluster_in_one_state_folder_is_refused(fake_cluster: Cluster) -> None:

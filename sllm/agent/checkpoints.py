@@ -1,0 +1,135 @@
+"""Checkpoints coming to this node and leaving it. One copy at a time, in the order asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+from sllm.agent.changes import Changes
+from sllm.agent.threads import run_cancellable
+from sllm.agent.weights import Weights
+from sllm.core.ids import CheckpointName, ReplicaId, checkpoint_name
+from sllm.errors import Conflict, UnsupportedCheckpoint
+from sllm.loader.copying import cancelling
+from sllm.loader.manifest import Manifest
+from sllm.loader.source import Source, examine, locate
+from sllm.loader.store import SsdStore
+from sllm.rpc.agents import AddProgress
+
+
+@dataclass(slots=True, eq=False)
+class _Adding:
+    """A copy under way. It goes on when nobody watches it."""
+
+    source: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    changes: Changes = field(default_factory=Changes)
+    task: asyncio.Task[Manifest] | None = None
+
+
+class Checkpoints:
+    """`architectures` says what the engine serves (empty: not known); `using` which replicas need a checkpoint."""
+
+    def __init__(
+        self,
+        store: SsdStore,
+        weights: Weights,
+        roots: Sequence[Path],
+        *,
+        architectures: Callable[[], tuple[str, ...]],
+        using: Callable[[str], tuple[ReplicaId, ...]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._weights = weights
+        self._roots = roots
+        self._architectures = architectures
+        self._using = using
+        self._on_change = on_change
+        self._adding: dict[CheckpointName, _Adding] = {}
+        self._turn = asyncio.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    async def add(self, name: CheckpointName, source: str) -> AsyncIterator[AddProgress]:
+        """Yield progress; the last has the checkpoint. The same name and source again joins the work under way."""
+        adding = self._adding.get(checkpoint_name(name)) or self._begin(name, source)
+        if adding.source != source:
+            raise Conflict(f"checkpoint {name!r} is being added from {adding.source}")
+        assert adding.task is not None
+        while not adding.task.done():
+            seen = adding.changes.revision
+            yield AddProgress(done_bytes=adding.done_bytes, total_bytes=adding.total_bytes)
+            await adding.changes.wait_beyond(seen)
+        manifest = await asyncio.shield(adding.task)
+        total = max(adding.total_bytes, adding.done_bytes)
+        yield AddProgress(done_bytes=total, total_bytes=total, checkpoint=manifest.checkpoint)
+
+    async def remove(self, name: CheckpointName) -> None:
+        """Raises NotFound, Conflict."""
+        if name in self._adding:
+            raise Conflict(f"checkpoint {name!r} is being added", hint="wait until it is there")
+        digest = self._store.named(name).checkpoint.digest
+        users = self._using(digest)
+        if users:
+            raise Conflict(f"checkpoint {name!r} is used by replica {users[0]}", hint="delete its deployment first")
+        await asyncio.get_running_loop().run_in_executor(self._writer, self._store.remove, name)
+        if all(manifest.checkpoint.digest != digest for manifest in self._store.manifests()):
+            self._weights.forget(digest)
+        self._on_change()
+
+    async def close(self) -> None:
+        """Call off what is being added; nothing of it stays on disk."""
+        tasks = [adding.task for adding in self._adding.values() if adding.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._writer.shutdown(wait=False)
+
+    def _begin(self, name: CheckpointName, source: str) -> _Adding:
+        adding = _Adding(source=source)
+        adding.task = asyncio.create_task(self._add(name, adding), name=f"add {name}")
+        adding.task.add_done_callback(lambda task: self._on_end(name, adding, task))
+        self._adding[name] = adding
+        return adding
+
+    def _on_end(self, name: CheckpointName, adding: _Adding, task: asyncio.Task[Manifest]) -> None:
+        del self._adding[name]
+        if not task.cancelled():
+            task.exception()  # seen, also when nobody watches
+        adding.changes.notify()
+        self._on_change()
+
+    async def _add(self, name: CheckpointName, adding: _Adding) -> Manifest:
+        loop = asyncio.get_running_loop()
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            adding.done_bytes, adding.total_bytes = done_bytes, total_bytes
+            adding.changes.notify()
+
+        def work(cancel: Event) -> Manifest:
+            source = examine(locate(adding.source, self._roots))
+            self._check_architecture(source)
+
+            def progress(done_bytes: int) -> None:
+                loop.call_soon_threadsafe(show, done_bytes, source.total_bytes)
+
+            watched = cancelling(cancel.is_set, progress)
+            return self._store.add(name, source, adding.source, now=time.time(), progress=watched)
+
+        async with self._turn:
+            return await run_cancellable(self._writer, work)
+
+    def _check_architecture(self, source: Source) -> None:
+        known, wanted = self._architectures(), source.facts.architecture
+        if known and wanted not in known:
+            raise UnsupportedCheckpoint(
+                f"the engine of this node does not know the architecture {wanted!r}",
+                hint="see the list of supported models of the installed vLLM",
+            )

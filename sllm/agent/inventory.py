@@ -1,0 +1,114 @@
+"""What a node reports of itself. Pure: values in, a NodeReport out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from sllm.core.device import Device, DeviceKind, DeviceState
+from sllm.core.ids import DeviceId, NodeName, ReplicaId
+from sllm.core.launch import WarmReady
+from sllm.core.node import NodeReport
+from sllm.core.replica import ReplicaState, ReplicaStatus
+from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
+from sllm.loader.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What does not change while an agent runs."""
+
+    name: NodeName
+    incarnation: str
+    address: str
+    version: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InMemory:
+    """A checkpoint in the DRAM pool."""
+
+    digest: str
+    size_bytes: int
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Everything there is to report at one moment."""
+
+    revision: int
+    warm: WarmReady | None
+    devices: tuple[Device, ...]
+    holders: Mapping[DeviceId, ReplicaId]
+    manifests: tuple[Manifest, ...]
+    in_memory: tuple[InMemory, ...]
+    replicas: tuple[ReplicaStatus, ...]
+    ssd: TierUsage
+    dram: TierUsage
+
+
+def report(identity: Identity, facts: Facts) -> NodeReport:
+    """Build the report of a node."""
+    warm = facts.warm
+    on_devices = _on_devices(facts)
+    device_bytes = sum(device.memory_bytes for device in facts.devices)
+    used_bytes = sum(residency.size_bytes for residency in on_devices)
+    return NodeReport(
+        name=identity.name,
+        incarnation=identity.incarnation,
+        revision=facts.revision,
+        address=identity.address,
+        version=identity.version,
+        engine=f"{warm.engine} {warm.version}" if warm else identity.engine,
+        warm=warm is not None,
+        devices=tuple(_leased(device, facts) for device in facts.devices),
+        tiers=(facts.ssd, facts.dram, TierUsage(tier=Tier.DEVICE, capacity_bytes=device_bytes, used_bytes=used_bytes)),
+        residencies=(*_on_ssd(facts.manifests), *_in_dram(facts), *on_devices),
+        checkpoints=tuple(manifest.checkpoint for manifest in facts.manifests),
+        replicas=facts.replicas,
+        architectures=warm.architectures if warm else (),
+    )
+
+
+def _leased(device: Device, facts: Facts) -> Device:
+    holder = facts.holders.get(device.id)
+    if holder is None or device.state is DeviceState.LOST:
+        return device
+    used_bytes = device.memory_used_bytes
+    if device.kind is DeviceKind.CPU:  # nobody else can tell what a slot's memory is used for
+        used_bytes = sum(status.memory_bytes for status in facts.replicas if status.spec.id == holder)
+    return replace(device, state=DeviceState.LEASED, memory_used_bytes=used_bytes)
+
+
+def _on_ssd(manifests: Iterable[Manifest]) -> Iterable[Residency]:
+    for manifest in manifests:
+        yield _residency(manifest, Tier.SSD, ResidencyState.READY)
+
+
+def _in_dram(facts: Facts) -> Iterable[Residency]:
+    by_digest = {held.digest: held for held in facts.in_memory}
+    for manifest in facts.manifests:
+        held = by_digest.get(manifest.checkpoint.digest)
+        if held is not None:
+            yield _residency(manifest, Tier.DRAM, ResidencyState.READY if held.ready else ResidencyState.LOADING)
+
+
+def _on_devices(facts: Facts) -> list[Residency]:
+    serving = (ReplicaState.READY, ReplicaState.DRAINING)
+    digests = [status.spec.digest for status in facts.replicas if status.state in serving]
+    by_digest = {manifest.checkpoint.digest: manifest for manifest in facts.manifests}
+    return [
+        _residency(by_digest[digest], Tier.DEVICE, ResidencyState.READY) for digest in digests if digest in by_digest
+    ]
+
+
+def _residency(manifest: Manifest, tier: Tier, state: ResidencyState) -> Residency:
+    return Residency(
+        checkpoint=manifest.checkpoint.name,
+        digest=manifest.checkpoint.digest,
+        tier=tier,
+        state=state,
+        size_bytes=manifest.checkpoint.size_bytes,
+    )

@@ -1,0 +1,87 @@
+"""The agent process: start everything, serve, stop in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from sllm import lifecycle
+from sllm.agent.changes import Changes
+from sllm.agent.devices import open_devices
+from sllm.agent.folders import Folders, lock, prepare
+from sllm.agent.heartbeat import Heartbeat
+from sllm.agent.node import LocalNode, open_pool
+from sllm.agent.processes import become_subreaper
+from sllm.agent.service import Agent
+from sllm.agent.warm.process import WarmProcess, command
+from sllm.config import AgentConfig
+from sllm.log import LogTail
+from sllm.rpc import agents, transport
+from sllm.rpc.identity import load_tls
+from sllm.rpc.nodes import NodeClient
+from sllm.rpc.transport import Tls
+
+log = logging.getLogger(__name__)
+
+_GOODBYE_S = 1.0  # for calls under way when the server stops
+
+
+async def run(config: AgentConfig, tail: LogTail) -> None:
+    """Serve until SIGTERM or SIGINT. Raises Conflict if another living agent has this node's name or state."""
+    stop = lifecycle.stop_on_signals()
+    tls = load_tls(config.tls)
+    folders = prepare(config.state_dir)
+    claim = lock(config.state_dir.absolute())
+    try:
+        become_subreaper()
+        node = _open(config, tls, folders)
+        try:
+            await _serve(node, tls, Agent(node.checkpoints, node.replicas, node.store, tail, folders.log), stop)
+        finally:
+            await node.close(stop_hosts=config.engine.stop_with_agent)
+    finally:
+        os.close(claim)
+
+
+def _open(config: AgentConfig, tls: Tls | None, folders: Folders) -> LocalNode:
+    """Put the node together. The warm process is spawned here, before there is any gRPC server."""
+    changes = Changes()
+    pool = open_pool(config.store)
+    devices = open_devices(config.devices, reserved_bytes=pool.budget_bytes)
+    warm = WarmProcess(lambda fd: command(config.engine.kind, fd), folders.log / "warm.log", changes.notify)
+    return LocalNode(config, tls, folders, pool=pool, devices=devices, warm=warm, changes=changes)
+
+
+async def _serve(node: LocalNode, tls: Tls | None, agent: Agent, stop: asyncio.Event) -> None:
+    config = node.config
+    await node.replicas.adopt()  # before anybody can ask for their devices
+    server, port = await transport.serve([agents.handlers(agent)], config.listen, tls)
+    address = config.advertise or f"{config.listen.rpartition(':')[0]}:{port}"
+    controller = NodeClient(config.controller, tls, peer="the controller")
+    heartbeat = Heartbeat(controller, node.changes, lambda: node.report(address), agent.learn_epoch)
+    try:
+        lifecycle.notify(READY="1", X_ADDRESS=address)
+        log.info("agent %s serves at %s", config.name, address)
+        await _until(stop, heartbeat.run(), node.replicas.end_strays())
+    finally:
+        log.info("agent %s stops", config.name)
+        lifecycle.notify(STOPPING="1")
+        await server.stop(_GOODBYE_S)
+        await controller.close()
+
+
+async def _until(stop: asyncio.Event, *work: Coroutine[Any, Any, None]) -> None:
+    """Do endless work until `stop` is set. Raises what any of it raises."""
+    stopped = asyncio.create_task(stop.wait())
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.wait({stopped, *tasks})

@@ -1,0 +1,187 @@
+"""One replica, from the command that starts it until its process is gone. `transitions` decides; this acts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+from sllm.agent.hosts import EngineHost
+from sllm.agent.launching import Launcher
+from sllm.agent.transitions import (
+    Event,
+    Failed,
+    HostFound,
+    HostReported,
+    PhaseBegan,
+    Progressed,
+    StopAsked,
+    Tracked,
+    step,
+)
+from sllm.agent.weights import Weights
+from sllm.core.device import Device
+from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
+from sllm.errors import EngineFailed, SllmError
+from sllm.loader.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """Begin it once, with `start` or `adopt`; `gone` is called when neither process nor work of it is left.
+
+    A failed replica stays, with its reason, until it is told to stop.
+    """
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        devices: tuple[Device, ...],
+        launcher: Launcher,
+        *,
+        on_change: Callable[[], None],
+        gone: Callable[[Replica], None],
+    ) -> None:
+        self.spec = spec
+        self.nonce = secrets.token_hex(16)
+        self.reported = asyncio.Event()  # the host has spoken
+        self._devices = devices
+        self._launcher = launcher
+        self._on_change = on_change
+        self._gone = gone
+        self._tracked = Tracked(
+            status=ReplicaStatus(spec=spec, state=ReplicaState.STARTING, started_at=time.time()),
+            phase_since=time.time(),
+        )
+        self._host: EngineHost | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._stop: asyncio.Task[None] | None = None
+        self._detached = False
+
+    @property
+    def status(self) -> ReplicaStatus:
+        return self._tracked.status
+
+    @property
+    def over(self) -> bool:
+        """True once nothing of it runs any more."""
+        return self._life is not None and self._life.done()
+
+    def start(self, manifest: Manifest, folder: Path, weights: Weights) -> None:
+        """Begin: read the weights, fork, build."""
+        self._begin(lambda: self._started(manifest, folder, weights))
+
+    def adopt(self, host: EngineHost, nonce: str) -> None:
+        """Begin with a host that lives already."""
+        self.nonce = nonce
+        self._apply(PhaseBegan(phase=StartPhase.BUILDING))
+        self._begin(lambda: self._served(host))
+
+    def stop(self, drain_s: float) -> None:
+        """End it: what serves gets `drain_s` for its requests, what is still starting is called off."""
+        was = self.status.state
+        self._apply(StopAsked(drain_s=drain_s))
+        if was is ReplicaState.STARTING and self._life is not None:
+            self._life.cancel()
+        elif was is not ReplicaState.FAILED and self._host is not None:
+            if self._stop is not None:
+                self._stop.cancel()
+            self._stop = asyncio.create_task(self._host.stop(drain_s))
+
+    async def detach(self) -> None:
+        """Leave the host running and forget it: the agent goes, and may find it again."""
+        self._detached = True
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.wait([self._life])
+
+    async def ended(self) -> None:
+        if self._life is not None:
+            await asyncio.wait([self._life])
+
+    def _apply(self, event: Event) -> None:
+        before, self._tracked = self._tracked, step(self._tracked, event, time.time())
+        if self._tracked != before:
+            self._on_change()
+
+    def _begin(self, life: Callable[[], Awaitable[None]]) -> None:
+        self._life = asyncio.create_task(self._guarded(life), name=self.spec.id)
+        # Not in the task itself: one that is cancelled before its first step runs nothing at all.
+        self._life.add_done_callback(self._on_end)
+
+    def _on_end(self, _: asyncio.Task[None]) -> None:
+        self.reported.set()  # there is nothing more to wait for
+        if self._stop is not None:
+            self._stop.cancel()
+        if not self._detached:
+            self._gone(self)
+
+    async def _guarded(self, life: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await life()
+        except asyncio.CancelledError:
+            pass  # told to stop, or detached
+        except SllmError as error:
+            log.warning("replica %s failed: %s", self.spec.id, error)
+            self._apply(Failed(error=error))
+        except Exception as error:
+            log.exception("replica %s failed by a defect of the agent", self.spec.id)
+            self._apply(Failed(error=SllmError(f"the agent failed to run it: {type(error).__name__}: {error}")))
+
+    async def _started(self, manifest: Manifest, folder: Path, weights: Weights) -> None:
+        async with weights.pinned(manifest, self._on_read) as region:
+            self._apply(PhaseBegan(phase=StartPhase.FORKING))
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    host = await self._launcher.launch(self.spec, self.nonce, self._devices, folder, region)
+            except TimeoutError as error:
+                raise EngineFailed(f"no engine host was forked within {self._limit_s:.0f} s") from error
+            log.info("replica %s of %s is process %d", self.spec.id, self.spec.deployment, host.process.pid)
+            await self._served(host)
+
+    def _on_read(self, progress: float) -> None:
+        self._apply(PhaseBegan(phase=StartPhase.READING))
+        self._apply(Progressed(progress=progress))
+
+    async def _served(self, host: EngineHost) -> None:
+        """Stay with the host until it is gone, or has failed; leave none behind."""
+        self._host = host
+        self._apply(HostFound(address=host.client.address, pid=host.process.pid))
+        ended = asyncio.create_task(host.process.ended())
+        following = asyncio.create_task(self._follow(host))
+        try:
+            await asyncio.wait({ended, following}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                self._apply(Failed(error=self._launcher.died(self.spec.id, ended.result())))
+            else:
+                following.result()
+        finally:
+            following.cancel()
+            ended.cancel()
+            if not self._detached:
+                await host.kill()
+            await host.client.close()
+
+    async def _follow(self, host: EngineHost) -> None:
+        """Take over what the host says, until it says that it has failed."""
+        try:
+            async with asyncio.timeout(self._limit_s) as limit:
+                async with aclosing(host.statuses()) as statuses:
+                    async for status in statuses:
+                        self._apply(HostReported(status=status))
+                        self.reported.set()
+                        if self.status.state is ReplicaState.FAILED:
+                            return
+                        if self.status.state is not ReplicaState.STARTING:
+                            limit.reschedule(None)
+        except TimeoutError as error:
+            raise EngineFailed(f"the engine was not ready within {self._limit_s:.0f} s") from error
+
+    @property
+    def _limit_s(self) -> float:
+        return self._launcher.config.engine.start_timeout_s

@@ -1,0 +1,181 @@
+"""All replicas of a node: which there are, what devices they have, and the engine hosts found again at a start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+
+from sllm.agent.devices.base import DeviceSource
+from sllm.agent.launching import Launcher
+from sllm.agent.leases import Leases
+from sllm.agent.replica import Replica
+from sllm.agent.warm.host import ForkedHost
+from sllm.agent.weights import Weights
+from sllm.core.device import Device
+from sllm.core.ids import ReplicaId
+from sllm.core.launch import LaunchRecord
+from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
+from sllm.errors import CapacityExceeded, Conflict, SllmError, StaleGeneration, Unavailable
+from sllm.loader.manifest import Manifest
+from sllm.loader.store import SsdStore
+
+log = logging.getLogger(__name__)
+
+ADOPT_S = 5.0  # a host that does not answer for so long is no use to anyone
+
+
+class Replicas:
+    """`on_change` is called whenever what the node has to report of its replicas changed."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        weights: Weights,
+        store: SsdStore,
+        devices: DeviceSource,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.leases = Leases()
+        self._launcher = launcher
+        self._weights = weights
+        self._store = store
+        self._devices = devices
+        self._on_change = on_change
+        self._replicas: dict[ReplicaId, Replica] = {}
+        self._closing = False
+
+    def statuses(self) -> tuple[ReplicaStatus, ...]:
+        return tuple(replica.status for replica in self._replicas.values())
+
+    def using(self, digest: str) -> tuple[ReplicaId, ...]:
+        """Return the replicas that need a checkpoint."""
+        living = (replica.spec for replica in self._replicas.values() if not replica.over)
+        return tuple(spec.id for spec in living if spec.digest == digest)
+
+    def start(self, spec: ReplicaSpec) -> None:
+        """Lease the devices and begin; the same command again is no error.
+
+        Raises Conflict, StaleGeneration, NotFound, CapacityExceeded, Unavailable.
+        """
+        if self._closing:
+            raise Unavailable("the agent is stopping", hint="try again when it is back")
+        if spec.id in self._replicas:
+            _check_repeated(self._replicas[spec.id].spec, spec)
+            return
+        manifest = self._store.with_digest(spec.digest)
+        devices = self.leases.take(spec.id, spec.devices, self._devices.probe())
+        try:
+            _check_room(manifest, devices)
+        except CapacityExceeded:
+            self.leases.release(spec.id)
+            raise
+        self._new(spec, devices).start(manifest, self._store.folder(manifest), self._weights)
+        self._on_change()
+
+    def stop(self, id: ReplicaId, generation: int, drain_s: float) -> None:  # noqa: A002 - it is one
+        """Stop a replica; one that is not there is no error. Raises StaleGeneration."""
+        replica = self._replicas.get(id)
+        if replica is None:
+            return
+        if generation < replica.spec.generation:
+            raise StaleGeneration(f"{id} has generation {replica.spec.generation}, the command {generation}")
+        replica.stop(drain_s)
+        if replica.over:  # it had failed; this was what it waited for
+            self._forget(replica)
+
+    async def adopt(self) -> None:
+        """Take back the engine hosts of an agent before this one; end those that cannot be."""
+        for record in self._launcher.records.read_all():
+            if not self._adopt(record):
+                self._launcher.records.remove(record.replica)
+        waiting = [asyncio.create_task(replica.reported.wait()) for replica in self._replicas.values()]
+        if waiting:
+            _, silent = await asyncio.wait(waiting, timeout=ADOPT_S)
+            for task in silent:
+                task.cancel()
+        for replica in tuple(self._replicas.values()):
+            if not replica.reported.is_set():
+                log.error("engine host of %s does not answer, it is ended", replica.spec.id)
+                self.stop(replica.spec.id, replica.spec.generation, 0.0)
+
+    async def end_strays(self) -> None:
+        """For ever: end hosts that appear with a record nobody waits for (their agent died as they were forked)."""
+        records = self._launcher.records
+        while True:
+            seen = records.changes.revision
+            for record in records.read_all():
+                known = self._replicas.get(record.replica)
+                if known is None or known.nonce != record.nonce:
+                    log.warning("ending stray engine host %d of %s", record.pid, record.replica)
+                    _end(record)
+                    records.remove(record.replica)
+            await records.changes.wait_beyond(seen)
+
+    async def stop_all(self) -> None:
+        """Stop every replica at once, and return when all their processes are gone."""
+        self._closing = True
+        replicas = tuple(self._replicas.values())
+        for replica in replicas:
+            replica.stop(0.0)
+        await asyncio.gather(*(replica.ended() for replica in replicas))
+
+    async def detach_all(self) -> None:
+        """Leave every engine host running."""
+        self._closing = True
+        await asyncio.gather(*(replica.detach() for replica in tuple(self._replicas.values())))
+
+    def _new(self, spec: ReplicaSpec, devices: tuple[Device, ...]) -> Replica:
+        replica = Replica(spec, devices, self._launcher, on_change=self._on_change, gone=self._on_gone)
+        self._replicas[spec.id] = replica
+        return replica
+
+    def _adopt(self, record: LaunchRecord) -> bool:
+        process = ForkedHost.open(record.pid, record.start_ticks)
+        if process is None:
+            return False
+        try:
+            devices = self.leases.take(record.replica, record.spec.devices, self._devices.probe())
+        except SllmError as error:
+            log.error("engine host %d of %s is ended: %s", record.pid, record.replica, error)
+            process.signal(signal.SIGKILL)
+            return False
+        log.info("engine host %d of %s is found again", record.pid, record.replica)
+        host = self._launcher.reach(record, process)
+        self._new(record.spec, devices).adopt(host, record.nonce)
+        return True
+
+    def _on_gone(self, replica: Replica) -> None:
+        self.leases.release(replica.spec.id)
+        self._launcher.records.remove(replica.spec.id)
+        if replica.status.state is not ReplicaState.FAILED:
+            self._forget(replica)
+        self._on_change()
+
+    def _forget(self, replica: Replica) -> None:
+        self._replicas.pop(replica.spec.id, None)
+        self._on_change()
+
+
+def _check_repeated(known: ReplicaSpec, wanted: ReplicaSpec) -> None:
+    if wanted.generation < known.generation:
+        raise StaleGeneration(f"{known.id} has generation {known.generation}, the command {wanted.generation}")
+    if wanted != known:
+        raise Conflict(f"replica {known.id} is there already, with another specification")
+
+
+def _check_room(manifest: Manifest, devices: tuple[Device, ...]) -> None:
+    memory_bytes = sum(device.memory_bytes for device in devices)
+    size_bytes = manifest.checkpoint.size_bytes
+    if size_bytes > memory_bytes:
+        raise CapacityExceeded(
+            f"checkpoint {manifest.checkpoint.name!r} has {size_bytes} bytes, its devices have {memory_bytes}",
+            hint="use more devices, or devices with more memory",
+        )
+
+
+def _end(record: LaunchRecord) -> None:
+    process = ForkedHost.open(record.pid, record.start_ticks)
+    if process is not None:
+        process.signal(signal.SIGKILL)

@@ -1,0 +1,36 @@
+"""What the agent asks of a warm process and of the engine hosts that it forks."""
+
+from __future__ import annotations
+
+import signal
+from typing import Protocol
+
+from sllm.core.launch import Launch, WarmReady
+
+
+class HostProcess(Protocol):
+    """The process of one engine host, and its process group."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def ended(self) -> str:
+        """Return how it ended (`signal 9`, `exit code 1`) once it has; any number of callers may wait."""
+        ...
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal its whole group; no error if it is gone."""
+        ...
+
+
+class Warm(Protocol):
+    """`about` is what the warm process said when it was ready; None while there is none that can fork."""
+
+    @property
+    def about(self) -> WarmReady | None: ...
+
+    async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
+        """Fork an engine host, waiting for the warm process if need be. Raises EngineFailed."""
+        ...
+
+    async def close(self) -> None: ...

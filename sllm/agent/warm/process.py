@@ -1,0 +1,160 @@
+"""The warm process itself: spawned, spoken to over a socket pair (sllm.core.launch has the protocol), respawned.
+
+It ends with the agent, by its parent-death signal and by the end of the socket; the hosts that it forked do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sllm.agent import tether
+from sllm.agent.logs import tail_lines
+from sllm.agent.warm.base import HostProcess
+from sllm.agent.warm.channel import Channel
+from sllm.agent.warm.host import ForkedHost
+from sllm.core.launch import Launch, WarmReady
+from sllm.errors import EngineFailed, SllmError
+
+log = logging.getLogger(__name__)
+
+BACKOFF_S = (0.5, 30.0)  # first and longest wait before it is spawned again
+_CLOSE_S = 5.0
+_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+def command(engine: str, fd: int) -> tuple[str, ...]:
+    """Return how the warm process of an engine is run."""
+    return (sys.executable, "-P", "-m", "sllm.engine.warm", "--fd", str(fd), "--engine", engine)
+
+
+class WarmProcess:
+    """Keeps one warm process alive. `on_change` is called when it becomes able to fork, and when it no longer is."""
+
+    def __init__(
+        self, make_command: Callable[[int], Sequence[str]], log_path: Path, on_change: Callable[[], None]
+    ) -> None:
+        self._make_command = make_command
+        self._log_path = log_path
+        self._on_change = on_change
+        self._channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self._about: WarmReady | None = None
+        self._supervisor = asyncio.create_task(self._supervise(), name="warm process")
+
+    @property
+    def about(self) -> WarmReady | None:
+        return self._about
+
+    async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
+        channel = await asyncio.shield(self._channel)
+        answer = channel.fork(launch, weights_fd, log_fd)
+        try:
+            pid = await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            answer.add_done_callback(_end_unwanted)
+            raise
+        host = ForkedHost.open(pid)
+        if host is None:
+            raise EngineFailed("the engine host died as it was forked", hint="see the replica's log")
+        return host
+
+    async def close(self) -> None:
+        self._supervisor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._supervisor
+        self._channel.cancel()
+
+    async def _supervise(self) -> None:
+        backoff_s = BACKOFF_S[0]
+        while True:
+            was_ready = await self._run_once()
+            backoff_s = BACKOFF_S[0] if was_ready else min(BACKOFF_S[1], backoff_s * 2)
+            await asyncio.sleep(backoff_s)
+
+    async def _run_once(self) -> bool:
+        """Run one warm process to its end; return whether it ever was ready."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        with contextlib.closing(ours):
+            with contextlib.closing(theirs):
+                process = await self._spawn(theirs.fileno())
+            channel = Channel(ours)
+            try:
+                return await self._speak(channel, process)
+            finally:
+                channel.close()
+                ours.close()  # which tells it to end
+                await _end(process)
+
+    async def _speak(self, channel: Channel, process: asyncio.subprocess.Process) -> bool:
+        try:
+            about = await channel.ready()
+        except EngineFailed:
+            code = await process.wait()
+            self._give_up(self._why(code))
+            return False
+        self._about = about
+        self._channel.set_result(channel)
+        log.info("warm process %d is ready: %s %s, %.1f s", process.pid, about.engine, about.version, about.seconds)
+        self._on_change()
+        try:
+            await channel.closed()
+            log.error("the warm process ended: %s", self._why(await process.wait()).message)
+        finally:
+            self._about = None
+            self._channel = asyncio.get_running_loop().create_future()
+            self._on_change()
+        return True
+
+    async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
+                *self._make_command(fd),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(fd,),
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C is for the agent
+            )
+        finally:
+            os.close(output)
+
+    def _give_up(self, error: SllmError) -> None:
+        """Fail the starts that wait; later ones wait for the next attempt."""
+        log.error("%s", error.message)
+        waiting, self._channel = self._channel, asyncio.get_running_loop().create_future()
+        waiting.set_exception(error)
+        waiting.exception()  # seen, also when nobody waits
+
+    def _why(self, code: int) -> EngineFailed:
+        last = " | ".join(line.strip() for line in tail_lines(self._log_path, 3) if line.strip())
+        return EngineFailed(
+            f"the warm process ended with code {code}: {last}", hint=f"see {self._log_path} on the node"
+        )
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()  # it may be importing for a long time yet, without a look at its socket
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _end_unwanted(answer: asyncio.Future[int]) -> None:
+    """End a host whose start was called off while it was being forked."""
+    if answer.exception() is None and (host := ForkedHost.open(answer.result())):
+        host.signal(signal.SIGKILL)  # it reaps itself

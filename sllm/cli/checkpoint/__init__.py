@@ -1,0 +1,1 @@
+"""`sllm checkpoint`: one file per verb."""

@@ -1,0 +1,1 @@
+"""The cluster of `sllm dev`: its files, its processes and who keeps them running."""

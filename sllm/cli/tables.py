@@ -1,0 +1,188 @@
+"""Tables of everything the command line prints, as cells of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from sllm.cli.output import Table
+from sllm.cli.units import size_text, time_text
+from sllm.core.device import DeviceKind, DeviceState
+from sllm.core.node import Node
+from sllm.core.replica import ReplicaState, ReplicaStatus, StartPhase
+from sllm.core.residency import Residency, ResidencyState, Tier
+
+if TYPE_CHECKING:
+    from sllm.core.request import RequestRow
+    from sllm.rpc.control import CheckpointRow, DeploymentRow, ReplicaRow
+
+NONE = "-"
+
+
+def deployments(rows: Iterable[DeploymentRow]) -> Table:
+    return Table(
+        title="DEPLOYMENTS",
+        columns=("NAME", "STATE", "REPLICAS", "MIN/MAX", "RUNNING", "HELD", "CHECKPOINT", "REASON"),
+        rows=tuple(_deployment(row) for row in rows),
+        empty="(none; `sllm deploy` makes one)",
+    )
+
+
+def _deployment(row: DeploymentRow) -> tuple[str, ...]:
+    spec = row.deployment.spec
+    return (
+        spec.name,
+        row.state.value,
+        f"{row.ready_replicas}/{row.wanted_replicas}",
+        f"{spec.min_replicas}/{spec.max_replicas}",
+        str(row.running_requests),
+        str(row.held_requests),
+        spec.checkpoint,
+        row.reason or NONE,
+    )
+
+
+def replicas(rows: Iterable[ReplicaRow]) -> Table:
+    return Table(
+        title="REPLICAS",
+        columns=("ID", "DEPLOYMENT", "NODE", "DEVICES", "STATE", "RUNNING"),
+        rows=tuple(_replica(row) for row in rows),
+        empty="(none)",
+    )
+
+
+def _replica(row: ReplicaRow) -> tuple[str, ...]:
+    spec = row.status.spec
+    devices = ", ".join(spec.devices) or NONE
+    return (spec.id, spec.deployment, row.node, devices, _replica_state(row.status), str(row.status.running))
+
+
+def _replica_state(status: ReplicaStatus) -> str:
+    if status.state is ReplicaState.STARTING and status.phase is not StartPhase.READY:
+        share = f" {status.progress:.0%}" if status.progress > 0 else ""
+        return f"{status.state.value}: {status.phase.value}{share}"
+    if status.state is ReplicaState.FAILED and status.error:
+        return f"{status.state.value}: {status.error}"
+    return status.state.value
+
+
+def residency(nodes: Iterable[Node]) -> Table:
+    """Nodes with the checkpoints that they hold, per tier."""
+    nodes = tuple(nodes)
+    tiers = (Tier.DEVICE, Tier.DRAM, Tier.SSD)
+    return Table(
+        title="NODES",
+        columns=("NAME", "STATE", "DEVICES FREE", *(_tier_name(tier, nodes) for tier in tiers)),
+        rows=tuple(
+            (node.report.name, node.state.value, _devices(node), *(_held(node, tier) for tier in tiers))
+            for node in nodes
+        ),
+        empty="(none; `sllm agent` adds one)",
+    )
+
+
+def _tier_name(tier: Tier, nodes: tuple[Node, ...]) -> str:
+    cuda = any(device.kind is DeviceKind.CUDA for node in nodes for device in node.report.devices)
+    return "GPU" if tier is Tier.DEVICE and cuda else tier.name
+
+
+def _devices(node: Node) -> str:
+    devices = node.report.devices
+    free = sum(device.state is DeviceState.FREE for device in devices)
+    kinds = "+".join(sorted({device.kind.value for device in devices}))
+    return f"{free}/{len(devices)} {kinds}".rstrip()
+
+
+def _held(node: Node, tier: Tier) -> str:
+    return ", ".join(_copy_text(copy) for copy in node.report.residencies if copy.tier is tier) or NONE
+
+
+def _copy_text(copy: Residency) -> str:
+    return copy.checkpoint if copy.state is ResidencyState.READY else f"{copy.checkpoint} ({copy.state.value})"
+
+
+def nodes(rows: Iterable[Node]) -> Table:
+    return Table(
+        columns=("NAME", "STATE", "ADDRESS", "ENGINE", "WARM", "DEVICES FREE", "DRAM USED", "SSD USED", "LAST SEEN"),
+        rows=tuple(_node(node) for node in rows),
+        empty="(none; `sllm agent` adds one)",
+    )
+
+
+def _node(node: Node) -> tuple[str, ...]:
+    report = node.report
+    return (
+        report.name,
+        node.state.value,
+        report.address,
+        report.engine,
+        "yes" if report.warm else "no",
+        _devices(node),
+        _usage(node, Tier.DRAM),
+        _usage(node, Tier.SSD),
+        time_text(node.last_seen) or NONE,
+    )
+
+
+def _usage(node: Node, tier: Tier) -> str:
+    found = [usage for usage in node.report.tiers if usage.tier is tier]
+    return f"{size_text(found[0].used_bytes)} of {size_text(found[0].capacity_bytes)}" if found else NONE
+
+
+def checkpoints(rows: Iterable[CheckpointRow]) -> Table:
+    return Table(
+        columns=("NAME", "SIZE", "ARCHITECTURE", "DTYPE", "MAX LENGTH", "HELD BY"),
+        rows=tuple(_checkpoint(row) for row in rows),
+        empty="(none; `sllm checkpoint add` adds one)",
+    )
+
+
+def _checkpoint(row: CheckpointRow) -> tuple[str, ...]:
+    checkpoint = row.checkpoint
+    return (
+        checkpoint.name,
+        size_text(checkpoint.size_bytes),
+        checkpoint.architecture,
+        checkpoint.dtype,
+        str(checkpoint.max_model_len),
+        ", ".join(sorted({copy.node for copy in row.copies})) or NONE,
+    )
+
+
+def checkpoint_details(row: CheckpointRow) -> tuple[Table, Table]:
+    """One checkpoint: what it is, and where its copies are."""
+    checkpoint = row.checkpoint
+    facts = (
+        ("name", checkpoint.name),
+        ("digest", checkpoint.digest),
+        ("size", size_text(checkpoint.size_bytes)),
+        ("tensors", str(checkpoint.tensor_count)),
+        ("architecture", checkpoint.architecture),
+        ("dtype", checkpoint.dtype),
+        ("max length", str(checkpoint.max_model_len)),
+        ("source", checkpoint.source or NONE),
+        ("added", time_text(checkpoint.created_at) or NONE),
+    )
+    copies = tuple((copy.node, copy.residency.tier.name, copy.residency.state.value) for copy in row.copies)
+    return Table(columns=("CHECKPOINT", ""), rows=facts), Table(columns=("NODE", "TIER", "STATE"), rows=copies)
+
+
+def requests(rows: Iterable[RequestRow]) -> Table:
+    return Table(
+        columns=("ID", "DEPLOYMENT", "STATE", "REPLICA", "NODE", "PROMPT", "OUTPUT", "STARTED"),
+        rows=tuple(_request(row) for row in rows),
+        empty="(none runs or waits)",
+    )
+
+
+def _request(row: RequestRow) -> tuple[str, ...]:
+    return (
+        row.id,
+        row.deployment,
+        row.state.value,
+        row.replica or NONE,
+        row.node or NONE,
+        str(row.prompt_tokens),
+        str(row.output_tokens),
+        time_text(row.started_at) or NONE,
+    )

@@ -1,0 +1,1 @@
+"""The controller: the only decider. One writer; events in, plans out; agents carry them out."""

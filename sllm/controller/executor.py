@@ -1,0 +1,79 @@
+"""Executor: gives agents their commands and tells the writer how each ended. It decides nothing.
+
+One client per agent's address; one task per command, so that a slow agent delays no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from sllm.controller.events import CommandEnded
+from sllm.core.ids import ReplicaId
+from sllm.core.replica import ReplicaSpec
+from sllm.core.snapshot import Intent
+from sllm.errors import SllmError
+from sllm.rpc.agents import AgentClient, StartReplicaCommand, StopReplicaCommand
+from sllm.rpc.transport import Tls
+
+log = logging.getLogger(__name__)
+
+
+class Executor:
+    def __init__(self, *, tls: Tls | None, epoch: int, post: Callable[[object], None]) -> None:
+        self.epoch = epoch
+        self._tls = tls
+        self.post = post
+        self._clients: dict[str, AgentClient] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def client(self, address: str) -> AgentClient:
+        """The client for an agent; it stays open."""
+        if address not in self._clients:
+            self._clients[address] = AgentClient(address, self._tls, peer="agent")
+        return self._clients[address]
+
+    def start(self, address: str, spec: ReplicaSpec) -> None:
+        command = StartReplicaCommand(epoch=self.epoch, spec=spec)
+        self.spawn(self._command(spec.id, Intent.RUN, self.client(address).start_replica(command)))
+
+    def end(self, address: str, spec: ReplicaSpec, intent: Intent, drain_s: float) -> None:
+        command = StopReplicaCommand(epoch=self.epoch, replica=spec.id, generation=spec.generation, drain_s=drain_s)
+        self.spawn(self._command(spec.id, intent, self.client(address).stop_replica(command)))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work that posts its own outcome; it ends with the executor."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def forget(self, address: str) -> None:
+        """Close the client of an agent that is not there any more."""
+        client = self._clients.pop(address, None)
+        if client:
+            await client.close()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in self._clients.values():
+            await client.close()
+
+    async def _command(self, replica: ReplicaId, intent: Intent, call: Awaitable[object]) -> None:
+        error = await outcome(call)
+        self.post(CommandEnded(replica=replica, intent=intent, error=error))
+
+
+async def outcome(call: Awaitable[object]) -> SllmError | None:
+    """Await a call and return its error, if any; what is not ours is logged, and becomes an internal one."""
+    try:
+        await call
+    except SllmError as error:
+        return error
+    except Exception:
+        log.exception("a command failed")
+        return SllmError("a command failed with an internal error", hint="see the controller's log")
+    return None

@@ -1,0 +1,93 @@
+"""Jobs: operations under way and the last ones that ended, with what is needed to go on after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
+
+from sllm.controller.latest import Latest
+from sllm.core.ids import NodeName, OperationId
+from sllm.core.operation import Operation, OperationState
+from sllm.errors import NotFound
+
+DEPLOY: Final = "deploy"
+DELETE: Final = "delete"
+SCALE: Final = "scale"
+ADD: Final = "checkpoint.add"
+REMOVE: Final = "checkpoint.remove"
+
+KEPT_ENDED = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """An operation and its parameters. `request_id` makes asking for it twice harmless.
+
+    `nodes` empty: any one that can (add), all that hold it (remove). `done_on` is None while agents still work; then
+    it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
+    """
+
+    operation: Operation
+    request_id: str = ""
+    revision: int = 0
+    source: str = ""
+    nodes: tuple[NodeName, ...] = ()
+    started: bool = False
+    done_on: tuple[tuple[NodeName, str], ...] | None = None
+
+    @property
+    def id(self) -> OperationId:
+        return self.operation.id
+
+    @property
+    def running(self) -> bool:
+        return self.operation.state is OperationState.RUNNING
+
+
+class Jobs:
+    """In memory; the writer stores what must survive."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[OperationId, Job] = {}
+        self._latest: dict[OperationId, Latest[Operation]] = {}
+        self._by_request: dict[str, OperationId] = {}
+
+    def put(self, job: Job) -> None:
+        """Add a job, or replace it and tell those who follow it."""
+        self._jobs[job.id] = job
+        if job.request_id:
+            self._by_request[job.request_id] = job.id
+        if job.id in self._latest:
+            self._latest[job.id].set(job.operation)
+        else:
+            self._latest[job.id] = Latest(job.operation)
+
+    def get(self, operation: OperationId) -> Job | None:
+        return self._jobs.get(operation)
+
+    def asked(self, request_id: str) -> Job | None:
+        """The job that this request id began before, if any."""
+        return self._jobs.get(self._by_request.get(request_id, OperationId("")))
+
+    def running(self) -> list[Job]:
+        return [job for job in self._jobs.values() if job.running]
+
+    def excess(self) -> list[Job]:
+        """Ended jobs beyond those that are kept, the oldest first."""
+        ended = [job for job in self._jobs.values() if not job.running]
+        ended.sort(key=lambda job: job.operation.created_at)
+        return ended[: max(0, len(ended) - KEPT_ENDED)]
+
+    def drop(self, job: Job) -> None:
+        del self._jobs[job.id], self._latest[job.id]
+        self._by_request.pop(job.request_id, None)
+
+    async def follow(self, operation: OperationId) -> AsyncIterator[Operation]:
+        """Yield an operation and its changes until it is over. Raises NotFound."""
+        if operation not in self._latest:
+            raise NotFound(f"no operation {operation!r}", hint=f"the last {KEPT_ENDED} that ended are kept")
+        async for value in self._latest[operation].follow():
+            yield value
+            if value.state is not OperationState.RUNNING:
+                return

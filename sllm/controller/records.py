@@ -1,0 +1,98 @@
+"""What the controller stores, and under which keys: JSON, read back into the same values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from sllm.controller.jobs import Job
+from sllm.controller.store.base import Delete, Op, Put
+from sllm.core.deployment import Deployment, DeploymentSpec
+from sllm.core.ids import DeploymentName, NodeName
+from sllm.core.operation import Operation, OperationState
+from sllm.core.snapshot import DeploymentView, Revision
+
+EPOCH = "controller/epoch"
+GENERATION = "controller/generation"
+DEPLOYMENTS = "deployments/"
+OPERATIONS = "operations/"
+REQUESTS = "requests/"
+NODES = "nodes/"
+
+
+def number(value: bytes) -> int:
+    return int(value)
+
+
+def put_number(key: str, value: int) -> Put:
+    return Put(key=key, value=str(value).encode())
+
+
+def put_deployment(view: DeploymentView) -> Put:
+    """Store all revisions of a deployment; the memory of its scaling is not stored."""
+    revisions = [asdict(revision) for revision in view.revisions()]
+    return Put(key=DEPLOYMENTS + view.name, value=_packed({"revisions": revisions}))
+
+
+def read_deployment(value: bytes) -> DeploymentView:
+    current, *earlier = [_revision(fields) for fields in json.loads(value)["revisions"]]
+    return DeploymentView(current=current, earlier=tuple(earlier))
+
+
+def delete_deployment(name: DeploymentName) -> Delete:
+    return Delete(key=DEPLOYMENTS + name)
+
+
+def put_job(job: Job) -> list[Op]:
+    """Store an operation, and in the same transaction the request id that it must not be begun twice for."""
+    fields: dict[str, Any] = {
+        "operation": asdict(job.operation),
+        "request_id": job.request_id,
+        "revision": job.revision,
+        "source": job.source,
+        "nodes": job.nodes,
+    }
+    stored: list[Op] = [Put(key=OPERATIONS + job.id, value=_packed(fields))]
+    if job.request_id:
+        stored.append(Put(key=REQUESTS + job.request_id, value=job.id.encode()))
+    return stored
+
+
+def delete_job(job: Job) -> list[Op]:
+    return [Delete(key=OPERATIONS + job.id), Delete(key=REQUESTS + job.request_id)]
+
+
+def read_job(value: bytes) -> Job:
+    fields = json.loads(value)
+    operation = fields.pop("operation")
+    state = OperationState(operation.pop("state"))
+    nodes = tuple(fields.pop("nodes"))
+    return Job(operation=Operation(state=state, **operation), nodes=nodes, **fields)
+
+
+def put_node(name: NodeName, *, cordoned: bool) -> Put:
+    """Store that a node belongs to the cluster: after a restart it is waited for."""
+    return Put(key=NODES + name, value=_packed({"cordoned": cordoned}))
+
+
+def delete_node(name: NodeName) -> Delete:
+    return Delete(key=NODES + name)
+
+
+def read_cordoned(value: bytes) -> bool:
+    return bool(json.loads(value)["cordoned"])
+
+
+def _revision(fields: dict[str, Any]) -> Revision:
+    deployment = fields["deployment"]
+    spec = DeploymentSpec(**deployment.pop("spec"))
+    return Revision(
+        deployment=Deployment(spec=spec, **deployment),
+        max_model_len=fields["max_model_len"],
+        size_bytes=fields["size_bytes"],
+    )
+
+
+def _packed(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()

@@ -1,0 +1,157 @@
+"""What agents say: registrations, heartbeats, and how their commands ended."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from sllm.controller import records
+from sllm.controller.events import CommandEnded, Contested, Registered
+from sllm.controller.world import World
+from sllm.core.cluster import Changes
+from sllm.core.ids import DeploymentName
+from sllm.core.node import NodeReport, NodeState
+from sllm.core.snapshot import Command, DeploymentView, Intent, NodeView, ReplicaView
+from sllm.errors import Conflict, DeadlineExceeded, SllmError, StaleGeneration, Unavailable
+from sllm.rpc.nodes import HeartbeatRequest, HeartbeatResponse, RegisterResponse
+from sllm.scheduler import autoscale, retry
+
+log = logging.getLogger(__name__)
+
+
+async def registered(world: World, event: Registered) -> RegisterResponse | Contested:
+    """Take an agent in, or ask for proof that the one who has the name is gone."""
+    if contested := _contested(world, event):
+        return contested
+    await _take(world, event.report)
+    return RegisterResponse(epoch=world.executor.epoch, heartbeat_s=world.policy.heartbeat_s)
+
+
+async def heartbeat(world: World, request: HeartbeatRequest) -> HeartbeatResponse:
+    """Raises Conflict if another living agent has the name."""
+    view = world.cluster.nodes.get(request.name)
+    known = view is not None and view.report.incarnation == request.incarnation and view.state is not NodeState.DEAD
+    resync = False
+    if request.report is not None:
+        if contested := _contested(world, Registered(report=request.report)):
+            raise name_taken(request.report, contested)
+        if not (known and view and request.report.revision < view.report.revision):
+            await _take(world, request.report)
+    elif known and view and view.report.revision == request.revision:
+        now = world.clock.monotonic()
+        apply(world, world.cluster.heard(request.name, now=now, wall=world.clock.wall()), now)
+    else:
+        resync = True
+    return HeartbeatResponse(epoch=world.executor.epoch, resync=resync)
+
+
+def name_taken(report: NodeReport, contested: Contested) -> Conflict:
+    return Conflict(
+        f"node name {report.name!r} belongs to a living agent at {contested.address}",
+        hint="give each agent its own name",
+    )
+
+
+def command_ended(world: World, event: CommandEnded) -> None:
+    """Note an agent's answer. What was overtaken by a later intent, or by the replica's end, is dropped."""
+    view = world.cluster.replicas.get(event.replica)
+    if view is None or view.intent is not event.intent:
+        return
+    if event.error is None or (event.intent is Intent.RUN and view.status is not None):
+        world.cluster.put(replace(view, command=Command.DONE))
+    elif event.intent is Intent.RUN:
+        _start_refused(world, view, event.error)
+    else:
+        log.warning("%s of %s on %s: %s", event.intent.value, event.replica, view.node, event.error)
+        retry_at = world.clock.monotonic() + world.policy.heartbeat_s
+        world.cluster.put(replace(view, command=Command.DUE, retry_at=retry_at))
+
+
+def apply(world: World, changes: Changes, now: float) -> None:
+    """Draw the consequences of a report for deployments."""
+    for replica in changes.adopted:
+        log.info("%s of %s runs on %s", replica.spec.id, replica.spec.deployment, replica.node)
+        world.generation = max(world.generation, replica.spec.generation)
+        _keep_warm(world, replica.spec.deployment, now)
+    for replica in changes.failed:
+        _failed(world, replica, now)
+    for replica in changes.ready:
+        log.info("%s of %s is ready on %s", replica.spec.id, replica.spec.deployment, replica.node)
+        view = world.cluster.deployments.get(replica.spec.deployment)
+        if view:
+            _update(world, retry.succeeded(view, replica.spec.revision))
+
+
+def _contested(world: World, event: Registered) -> Contested | None:
+    """The agent that has the name, if it was heard of lately at another address."""
+    view = world.cluster.nodes.get(event.report.name)
+    if view is None or view.report.incarnation in (event.report.incarnation, event.displaced):
+        return None
+    if view.report.address == event.report.address or _is_silent(world, view):
+        return None
+    return Contested(incarnation=view.report.incarnation, address=view.report.address)
+
+
+def _is_silent(world: World, view: NodeView) -> bool:
+    return world.clock.monotonic() >= view.seen_at + world.policy.suspect_s
+
+
+async def _take(world: World, report: NodeReport) -> None:
+    before = world.cluster.nodes.get(report.name)
+    cordoned = report.name in world.cordoned
+    if before is None or before.state is NodeState.DEAD:
+        await world.commit([records.put_node(report.name, cordoned=cordoned)])
+        log.info("node %s joined from %s", report.name, report.address)
+    elif before.report.address != report.address:
+        await world.executor.forget(before.report.address)
+    now = world.clock.monotonic()
+    world.awaited.discard(report.name)
+    apply(world, world.cluster.observe(report, now=now, wall=world.clock.wall(), cordoned=cordoned), now)
+
+
+def _failed(world: World, replica: ReplicaView, now: float) -> None:
+    status = replica.status
+    assert status is not None  # the report said so
+    spec = replica.spec
+    log.warning("%s of %s failed on %s: %s", spec.id, spec.deployment, replica.node, status.error)
+    view = world.cluster.deployments.get(spec.deployment)
+    if view:
+        reason = status.error_reason or "ENGINE_FAILED"
+        counted = retry.failed(
+            view, replica.node, spec.revision, error=status.error, reason=reason, now=now, policy=world.policy
+        )
+        _update(world, counted)
+
+
+def _start_refused(world: World, replica: ReplicaView, error: SllmError) -> None:
+    now, spec = world.clock.monotonic(), replica.spec
+    log.warning("start of %s on %s: %s", spec.id, replica.node, error)
+    if isinstance(error, StaleGeneration):
+        log.error("an agent has seen a newer controller: is another one running?")
+    if _is_unclear(error):
+        # It may have begun, or may yet: make sure that it ends before its devices are used again.
+        world.cluster.intend(spec.id, Intent.STOP, Command.DUE)
+    else:
+        world.cluster.forget(spec.id)
+    view = world.cluster.deployments.get(spec.deployment)
+    if view:
+        judge = retry.hindered if _is_unclear(error) or isinstance(error, Conflict) else retry.failed
+        judged = judge(
+            view, replica.node, spec.revision, error=error.message, reason=error.reason, now=now, policy=world.policy
+        )
+        _update(world, judged)
+
+
+def _is_unclear(error: SllmError) -> bool:
+    return isinstance(error, Unavailable | DeadlineExceeded) or type(error) is SllmError
+
+
+def _keep_warm(world: World, name: DeploymentName, now: float) -> None:
+    view = world.cluster.deployments.get(name)
+    if view:
+        live = sum(replica.live for replica in world.cluster.of(name))
+        _update(world, autoscale.kept_warm(view, live, now))
+
+
+def _update(world: World, view: DeploymentView) -> None:
+    world.cluster.deployments[view.name] = view

@@ -1,0 +1,86 @@
+"""ControlService: what operators ask. Changes go through the writer; questions are answered from the world as it is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import cast
+
+from sllm.controller import status
+from sllm.controller.inbox import Inbox
+from sllm.controller.world import World
+from sllm.core.ids import NodeName, ReplicaId
+from sllm.core.operation import Operation
+from sllm.core.snapshot import Snapshot
+from sllm.errors import NotFound
+from sllm.rpc.agents import AgentReadLogsRequest
+from sllm.rpc.control import (
+    AddCheckpointRequest,
+    CheckpointList,
+    ClusterStatus,
+    DeleteRequest,
+    DeployRequest,
+    Empty,
+    LogChunk,
+    ReadLogsRequest,
+    RemoveCheckpointRequest,
+    RequestList,
+    ScaleRequest,
+    WatchOperationRequest,
+)
+
+
+class ControllerControl:
+    """Implements rpc.control.ControlService."""
+
+    def __init__(self, world: World, inbox: Inbox) -> None:
+        self._world = world
+        self._inbox = inbox
+
+    async def add_checkpoint(self, request: AddCheckpointRequest) -> Operation:
+        return await self._operation(request)
+
+    async def remove_checkpoint(self, request: RemoveCheckpointRequest) -> Operation:
+        return await self._operation(request)
+
+    async def deploy(self, request: DeployRequest) -> Operation:
+        return await self._operation(request)
+
+    async def delete(self, request: DeleteRequest) -> Operation:
+        return await self._operation(request)
+
+    async def scale(self, request: ScaleRequest) -> Operation:
+        return await self._operation(request)
+
+    def watch_operation(self, request: WatchOperationRequest) -> AsyncIterator[Operation]:
+        return self._world.jobs.follow(request.id)
+
+    async def list_checkpoints(self, request: Empty) -> CheckpointList:
+        return status.checkpoint_list(self._snapshot())
+
+    async def get_status(self, request: Empty) -> ClusterStatus:
+        return status.cluster_status(self._snapshot(), self._world.reasons, self._world.clock.monotonic())
+
+    async def list_requests(self, request: Empty) -> RequestList:
+        return status.request_list(self._world.loads.rows(), self._world.cluster.replicas)
+
+    async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
+        node, replica = self._located(request.target)
+        client = self._world.executor.client(self._world.cluster.nodes[node].report.address)
+        async for chunk in client.read_logs(AgentReadLogsRequest(replica=replica, lines=request.lines)):
+            yield chunk
+
+    def _located(self, target: str) -> tuple[NodeName, str]:
+        if target.startswith("rep-"):
+            replica = self._world.cluster.replicas.get(ReplicaId(target))
+            if replica is None:
+                raise NotFound(f"no replica {target!r}", hint="see `sllm status`; the node's own log may say more")
+            return replica.node, target
+        if target not in self._world.cluster.nodes:
+            raise NotFound(f"no node {target!r}", hint="see `sllm nodes`; a replica's id begins with rep-")
+        return NodeName(target), ""
+
+    def _snapshot(self) -> Snapshot:
+        return self._world.snapshot(self._world.clock.monotonic())
+
+    async def _operation(self, request: object) -> Operation:
+        return cast(Operation, await self._inbox.submit(request))

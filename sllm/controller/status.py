@@ -1,0 +1,111 @@
+"""What people see of the cluster, told from a snapshot. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from sllm.core.deployment import DeploymentState
+from sllm.core.ids import DeploymentName, ReplicaId
+from sllm.core.node import Node, NodeState
+from sllm.core.replica import ReplicaStatus
+from sllm.core.request import RequestRow
+from sllm.core.snapshot import DeploymentView, NodeView, ReplicaView, Snapshot
+from sllm.rpc.control import (
+    CheckpointCopy,
+    CheckpointList,
+    CheckpointRow,
+    ClusterStatus,
+    DeploymentRow,
+    ReplicaRow,
+    RequestList,
+)
+from sllm.scheduler.autoscale import scale
+from sllm.version import VERSION
+
+
+def cluster_status(snapshot: Snapshot, reasons: Mapping[DeploymentName, str], now: float) -> ClusterStatus:
+    replicas = snapshot.replicas_by_deployment()
+    views = sorted(snapshot.deployments.values(), key=lambda view: view.name)
+    return ClusterStatus(
+        version=VERSION,
+        deployments=tuple(_deployment(snapshot, v, replicas.get(v.name, ()), reasons, now) for v in views),
+        replicas=tuple(_replica(replica) for name in sorted(replicas) for replica in replicas[name]),
+        nodes=tuple(_node(snapshot.nodes[name]) for name in sorted(snapshot.nodes)),
+    )
+
+
+def checkpoint_list(snapshot: Snapshot) -> CheckpointList:
+    """Checkpoints by name, each with its copies on nodes that are not dead."""
+    living = [v for _, v in sorted(snapshot.nodes.items()) if v.state is not NodeState.DEAD]
+    rows = []
+    for name, checkpoint in sorted(snapshot.checkpoints().items()):
+        copies = tuple(
+            CheckpointCopy(node=view.report.name, residency=residency)
+            for view in living
+            for residency in view.report.residencies
+            if residency.checkpoint == name
+        )
+        rows.append(CheckpointRow(checkpoint=checkpoint, copies=copies))
+    return CheckpointList(checkpoints=tuple(rows))
+
+
+def request_list(rows: Iterable[RequestRow], replicas: Mapping[ReplicaId, ReplicaView]) -> RequestList:
+    """Open requests, the oldest first, with the nodes they run on."""
+
+    def placed(row: RequestRow) -> RequestRow:
+        replica = replicas.get(row.replica) if row.replica else None
+        return replace(row, node=replica.node) if replica else row
+
+    return RequestList(requests=tuple(placed(row) for row in sorted(rows, key=lambda row: (row.started_at, row.id))))
+
+
+def _deployment(
+    snapshot: Snapshot,
+    view: DeploymentView,
+    replicas: Sequence[ReplicaView],
+    reasons: Mapping[DeploymentName, str],
+    now: float,
+) -> DeploymentRow:
+    current = sum(r.live and r.spec.revision == view.current.number for r in replicas)
+    wanted = scale(view, snapshot, current, now)
+    state = _state(view, replicas, wanted.needed)
+    held = snapshot.held.get(view.name)
+    return DeploymentRow(
+        deployment=view.current.deployment,
+        state=state,
+        reason=_reason(view, state, reasons),
+        ready_replicas=sum(r.ready for r in replicas),
+        wanted_replicas=max(wanted.needed, min(wanted.kept, current)),
+        running_requests=sum(snapshot.loads.get(r.spec.id, 0) for r in replicas),
+        held_requests=held.count if held else 0,
+    )
+
+
+def _state(view: DeploymentView, replicas: Sequence[ReplicaView], needed: int) -> DeploymentState:
+    if view.current.deployment.deleting:
+        return DeploymentState.DELETING
+    if any(r.ready for r in replicas):
+        return DeploymentState.READY
+    if any(r.starting for r in replicas):
+        return DeploymentState.STARTING
+    if view.failures and view.failures.given_up:
+        return DeploymentState.FAILED
+    return DeploymentState.WAITING if needed else DeploymentState.SLEEPING
+
+
+def _reason(view: DeploymentView, state: DeploymentState, reasons: Mapping[DeploymentName, str]) -> str:
+    if state is DeploymentState.SLEEPING or state is DeploymentState.DELETING:
+        return ""
+    if view.failures and view.failures.error:
+        return f"the last start failed: {view.failures.error}"
+    return reasons.get(view.name, "")
+
+
+def _replica(replica: ReplicaView) -> ReplicaRow:
+    status = replica.status or ReplicaStatus(spec=replica.spec, state=replica.state)
+    return ReplicaRow(node=replica.node, status=replace(status, state=replica.state))
+
+
+def _node(view: NodeView) -> Node:
+    return Node(report=view.report, state=view.state, last_seen=view.last_seen, cordoned=view.cordoned)

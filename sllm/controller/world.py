@@ -1,0 +1,95 @@
+"""World: all that the writer owns, and how it comes back from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sllm.controller import records
+from sllm.controller.clock import Clock
+from sllm.controller.executor import Executor
+from sllm.controller.jobs import Jobs
+from sllm.controller.latest import Latest
+from sllm.controller.loads import Loads
+from sllm.controller.router import Router
+from sllm.controller.store.base import Compare, Item, Op, StateStore
+from sllm.controller.tickets import Ticket
+from sllm.core.cluster import ClusterState
+from sllm.core.ids import DeploymentName, NodeName
+from sllm.core.route import RouteTable
+from sllm.core.snapshot import Policy, Snapshot
+from sllm.errors import Conflict
+
+
+class World:
+    """Changed by the writer only; read by anyone in its thread, between awaits."""
+
+    def __init__(
+        self, *, store: StateStore, clock: Clock, policy: Policy, queue_limit: int, epoch: int, executor: Executor
+    ) -> None:
+        self.store = store
+        self.clock = clock
+        self.policy = policy
+        self.executor = executor
+        self.cluster = ClusterState(policy)
+        self.router = Router(queue_limit)
+        self.loads = Loads()
+        self.jobs = Jobs()
+        self.tickets: dict[int, Ticket] = {}
+        self.table = Latest(RouteTable(epoch=epoch, revision=0))
+        self.reasons: dict[DeploymentName, str] = {}
+        # Deployments with requests that began and ended between two reports.
+        self.touched: set[DeploymentName] = set()
+        self.generation = 0
+        # Nodes known before a restart: until they have reported, or had the time to, what they run is not known.
+        self.awaited: set[NodeName] = set()
+        self.cordoned: set[NodeName] = set()
+        self.settle_at = clock.monotonic() + policy.suspect_s
+
+    def settled(self, now: float) -> bool:
+        return not self.awaited or now >= self.settle_at
+
+    def snapshot(self, now: float) -> Snapshot:
+        return self.cluster.snapshot(
+            loads=self.loads.per_replica(),
+            held=self.router.held(),
+            settled=self.settled(now),
+            loads_fresh=self.loads.fresh(now),
+        )
+
+    async def commit(self, ops: Sequence[Op]) -> None:
+        """Store changes. The epoch fences: once another controller has opened this store, nothing is written."""
+        item = await self.store.get(records.EPOCH)
+        ours = item is not None and records.number(item.value) == self.executor.epoch
+        mod_rev = item.mod_rev if item else 0
+        result = await self.store.txn([Compare(key=records.EPOCH, mod_rev=mod_rev)], ops) if ours else None
+        if result is None or not result.succeeded:
+            raise Conflict("another controller has taken over this state", hint="stop one of the two")
+
+    async def restore(self) -> None:
+        """Read back what was wanted."""
+        generation = await self.store.get(records.GENERATION)
+        self.generation = records.number(generation.value) if generation else 0
+        for item in await self._items(records.DEPLOYMENTS):
+            view = records.read_deployment(item.value)
+            self.cluster.deployments[view.name] = view
+        for item in await self._items(records.OPERATIONS):
+            self.jobs.put(records.read_job(item.value))
+        for item in await self._items(records.NODES):
+            name = NodeName(item.key.removeprefix(records.NODES))
+            self.awaited.add(name)
+            if records.read_cordoned(item.value):
+                self.cordoned.add(name)
+
+    async def _items(self, prefix: str) -> tuple[Item, ...]:
+        return (await self.store.range(prefix))[0]
+
+
+async def next_epoch(store: StateStore) -> int:
+    """Take over the store: every controller that opens it gets a higher epoch than any before."""
+    item = await store.get(records.EPOCH)
+    epoch = records.number(item.value) + 1 if item else 1
+    mod_rev = item.mod_rev if item else 0
+    result = await store.txn([Compare(key=records.EPOCH, mod_rev=mod_rev)], [records.put_number(records.EPOCH, epoch)])
+    if not result.succeeded:
+        raise Conflict("another controller opened this state at the same time", hint="start one controller only")
+    return epoch

@@ -1,0 +1,199 @@
+"""ClusterState: what the controller knows of nodes, replicas and deployments, changed by what it is told.
+
+Bookkeeping only: it takes reports and outcomes in and gives snapshots out; it decides nothing and knows no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.node import NodeReport, NodeState
+from sllm.core.replica import ReplicaState, ReplicaStatus
+from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What a report changed. `failed` were wanted and will not be; `gone` are no longer known at all."""
+
+    failed: tuple[ReplicaView, ...] = ()
+    ready: tuple[ReplicaView, ...] = ()
+    adopted: tuple[ReplicaView, ...] = ()
+    gone: tuple[ReplicaView, ...] = ()
+
+
+class ClusterState:
+    """Mutable, for one writer. The mappings hold immutable values."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.nodes: dict[NodeName, NodeView] = {}
+        self.replicas: dict[ReplicaId, ReplicaView] = {}
+        self.deployments: dict[DeploymentName, DeploymentView] = {}
+        self._on_node: dict[NodeName, set[ReplicaId]] = {}
+        self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
+
+    def of(self, deployment: DeploymentName) -> list[ReplicaView]:
+        """Replicas of one deployment, the oldest first."""
+        found = [self.replicas[i] for i in self._of_deployment.get(deployment, ())]
+        return sorted(found, key=lambda r: (r.spec.generation, r.spec.id))
+
+    def snapshot(
+        self,
+        *,
+        loads: Mapping[ReplicaId, int],
+        held: Mapping[DeploymentName, Held],
+        settled: bool,
+        loads_fresh: bool,
+    ) -> Snapshot:
+        return Snapshot(
+            policy=self.policy,
+            nodes=dict(self.nodes),
+            replicas=dict(self.replicas),
+            deployments=dict(self.deployments),
+            loads=dict(loads),
+            held=dict(held),
+            settled=settled,
+            loads_fresh=loads_fresh,
+        )
+
+    # -- nodes
+
+    def observe(self, report: NodeReport, *, now: float, wall: float, cordoned: bool = False) -> Changes:
+        """Take a node's whole report: the truth about its replicas, known or not."""
+        before = self.nodes.get(report.name)
+        restarted = before is None or before.report.incarnation != report.incarnation
+        state = NodeState.CORDONED if cordoned else NodeState.READY
+        self.nodes[report.name] = NodeView(report=report, state=state, seen_at=now, last_seen=wall, cordoned=cordoned)
+        changes = [self._observe_replica(report.name, status, now, restarted) for status in report.replicas]
+        return _merged([*changes, self._forget_absent(report, restarted=restarted)])
+
+    def heard(self, name: NodeName, *, now: float, wall: float) -> Changes:
+        """Note that a node lives and that its last report still holds."""
+        view = self.nodes[name]
+        self.nodes[name] = replace(view, seen_at=now, last_seen=wall, state=self._judged(view, now, now))
+        return self._forget_absent(view.report, restarted=False)
+
+    def judge(self, now: float) -> tuple[NodeName, ...]:
+        """Judge every node by its silence; forget the replicas of those that died just now, and name those."""
+        died = []
+        for name, view in self.nodes.items():
+            state = self._judged(view, view.seen_at, now)
+            if state is not view.state:
+                self.nodes[name] = replace(view, state=state)
+                if state is NodeState.DEAD:
+                    died.append(name)
+        for name in died:
+            for replica in list(self._on_node.get(name, ())):
+                self.forget(replica)
+        return tuple(died)
+
+    def next_judgement_at(self, now: float) -> float | None:
+        """When silence would next change a judgement."""
+        policy = self.policy
+        times = [v.seen_at + limit for v in self.nodes.values() for limit in (policy.suspect_s, policy.dead_s)]
+        return min((t for t in times if t > now), default=None)
+
+    def _judged(self, view: NodeView, seen_at: float, now: float) -> NodeState:
+        if now >= seen_at + self.policy.dead_s:
+            return NodeState.DEAD
+        if now >= seen_at + self.policy.suspect_s:
+            return NodeState.SUSPECT
+        return NodeState.CORDONED if view.cordoned else NodeState.READY
+
+    # -- replicas
+
+    def put(self, replica: ReplicaView) -> None:
+        """Add a replica, or replace what is known of it."""
+        self.replicas[replica.spec.id] = replica
+        self._on_node.setdefault(replica.node, set()).add(replica.spec.id)
+        self._of_deployment.setdefault(replica.spec.deployment, set()).add(replica.spec.id)
+
+    def forget(self, replica: ReplicaId) -> ReplicaView:
+        view = self.replicas.pop(replica)
+        self._on_node[view.node].discard(replica)
+        self._of_deployment[view.spec.deployment].discard(replica)
+        return view
+
+    def intend(self, replica: ReplicaId, intent: Intent, command: Command) -> None:
+        self.put(replace(self.replicas[replica], intent=intent, command=command))
+
+    def _observe_replica(self, node: NodeName, status: ReplicaStatus, now: float, restarted: bool) -> Changes:
+        known = self.replicas.get(status.spec.id)
+        if known is None or known.node != node:
+            known = self._adopt(node, status, now)
+            self.put(known)
+            return _change(before=None, after=known)
+        after = replace(known, status=status)
+        if known.intent is Intent.RUN:
+            after = replace(after, intent=_intent_seen(status.state))
+        elif restarted and known.command is Command.DONE:
+            # The agent that accepted the command is gone; the one that came after it does not know of it.
+            after = replace(after, command=Command.DUE)
+        self.put(after)
+        return _change(before=known, after=after)
+
+    def _adopt(self, node: NodeName, status: ReplicaStatus, now: float) -> ReplicaView:
+        """Take over a replica that nobody here planned: a controller before this one did, or the store was lost."""
+        found = ReplicaView(spec=status.spec, node=node, planned_at=now, command=Command.DONE, status=status)
+        if self._is_wanted(status):
+            return replace(found, intent=_intent_seen(status.state))
+        intent = Intent.DRAIN if status.state is ReplicaState.READY else Intent.STOP
+        return replace(found, intent=intent, command=Command.DUE)
+
+    def _is_wanted(self, status: ReplicaStatus) -> bool:
+        view = self.deployments.get(status.spec.deployment)
+        return view is not None and any(revision.made(status.spec) for revision in view.revisions())
+
+    def _forget_absent(self, report: NodeReport, *, restarted: bool) -> Changes:
+        reported = {status.spec.id for status in report.replicas}
+        absent = [self.replicas[i] for i in sorted(self._on_node.get(report.name, set()) - reported)]
+        gone = [r for r in absent if _is_gone(r, restarted=restarted)]
+        for replica in gone:
+            self.forget(replica.spec.id)
+        return Changes(gone=tuple(gone), failed=tuple(_lost_start(r) for r in gone if r.starting))
+
+
+def _is_gone(replica: ReplicaView, *, restarted: bool) -> bool:
+    """True if a report that does not show the replica says that it is over, not that it has not begun."""
+    if replica.status is not None:
+        return True
+    if replica.intent is Intent.RUN:
+        return restarted and replica.command is not Command.SENT
+    return replica.command is Command.DONE or restarted
+
+
+def _lost_start(replica: ReplicaView) -> ReplicaView:
+    status = replica.status or ReplicaStatus(spec=replica.spec, state=ReplicaState.FAILED)
+    lost = "its agent restarted while it was starting"
+    return replace(
+        replica,
+        status=replace(status, state=ReplicaState.FAILED, error=lost, error_reason="ENGINE_FAILED"),
+    )
+
+
+def _intent_seen(state: ReplicaState) -> Intent:
+    """A replica that its node is ending already is not wanted to run any more."""
+    return {ReplicaState.DRAINING: Intent.DRAIN, ReplicaState.STOPPING: Intent.STOP}.get(state, Intent.RUN)
+
+
+def _change(*, before: ReplicaView | None, after: ReplicaView) -> Changes:
+    adopted = (after,) if before is None else ()
+    if after.ready and not (before and before.ready):
+        return Changes(ready=(after,), adopted=adopted)
+    if after.intent is Intent.RUN and after.state is ReplicaState.FAILED:
+        newly = before is None or before.state is not ReplicaState.FAILED
+        return Changes(failed=(after,) if newly else (), adopted=adopted)
+    return Changes(adopted=adopted)
+
+
+def _merged(changes: Iterable[Changes]) -> Changes:
+    every = list(changes)
+    return Changes(
+        failed=tuple(r for c in every for r in c.failed),
+        ready=tuple(r for c in every for r in c.ready),
+        adopted=tuple(r for c in every for r in c.adopted),
+        gone=tuple(r for c in every for r in c.gone),
+    )

@@ -1,0 +1,201 @@
+"""Snapshot: the cluster as the controller knows it at one instant. Immutable; every decision is made from one.
+
+Times are seconds of the controller's monotonic clock, except `last_seen`, which is for people (wall clock).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sllm.core.checkpoint import Checkpoint
+from sllm.core.deployment import Deployment
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.node import NodeReport, NodeState
+from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
+from sllm.core.residency import ResidencyState, Tier
+
+
+class Intent(StrEnum):
+    """What the controller wants of a replica. It only ever moves downwards."""
+
+    RUN = "run"
+    DRAIN = "drain"  # no new requests; running ones may finish
+    STOP = "stop"
+
+
+class Command(StrEnum):
+    """How far the command that carries out an intent has come."""
+
+    DUE = "due"  # to be given, again perhaps, but not before `retry_at`
+    SENT = "sent"
+    DONE = "done"  # the agent accepted it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The numbers that decisions depend on, from the controller's configuration."""
+
+    heartbeat_s: float = 2.0
+    suspect_s: float = 6.0
+    dead_s: float = 15.0
+    drain_s: float = 60.0
+    start_backoff_s: float = 1.0
+    max_start_failures: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet."""
+
+    spec: ReplicaSpec
+    node: NodeName
+    planned_at: float
+    intent: Intent = Intent.RUN
+    command: Command = Command.SENT
+    retry_at: float = 0.0
+    status: ReplicaStatus | None = None
+
+    @property
+    def state(self) -> ReplicaState:
+        """The judged state: what is reported, unless more than that is already decided."""
+        reported = self.status.state if self.status else ReplicaState.STARTING
+        if reported in (ReplicaState.FAILED, ReplicaState.STOPPING) or self.intent is Intent.RUN:
+            return reported
+        return ReplicaState.DRAINING if self.intent is Intent.DRAIN else ReplicaState.STOPPING
+
+    @property
+    def ready(self) -> bool:
+        """True if new requests may be sent to it."""
+        return self.intent is Intent.RUN and self.status is not None and self.status.state is ReplicaState.READY
+
+    @property
+    def starting(self) -> bool:
+        return self.intent is Intent.RUN and self.state is ReplicaState.STARTING
+
+    @property
+    def live(self) -> bool:
+        """True if it serves, or will."""
+        return self.ready or self.starting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeView:
+    """A node: its last report, and the controller's judgement of it."""
+
+    report: NodeReport
+    state: NodeState
+    seen_at: float
+    last_seen: float
+    cordoned: bool = False
+
+    def tier_of(self, digest: str) -> Tier | None:
+        """The fastest tier that holds the checkpoint, or None if there is no copy at rest (SSD) to start from."""
+        tiers = [r.tier for r in self.report.residencies if r.digest == digest and r.state is ResidencyState.READY]
+        return max(tiers) if Tier.SSD in tiers else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """Failed starts, in a row, of one revision. Nothing is started before `retry_at`.
+
+    `given_up`: so many that requests are no longer held for it; `nodes` are where it went wrong.
+    """
+
+    revision: int
+    count: int
+    retry_at: float
+    given_up: bool = False
+    error: str = ""
+    reason: str = ""
+    nodes: frozenset[NodeName] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """A deployment at one revision, with what its checkpoint said when it was deployed."""
+
+    deployment: Deployment
+    max_model_len: int
+    size_bytes: int
+
+    @property
+    def number(self) -> int:
+        return self.deployment.revision
+
+    def made(self, spec: ReplicaSpec) -> bool:
+        """True if `spec` is of a replica of this revision. A deleted deployment's numbers may have come again."""
+        wish = self.deployment.spec
+        return (spec.revision, spec.digest, spec.capacity, spec.max_model_len, len(spec.devices)) == (
+            self.number,
+            self.deployment.digest,
+            wish.capacity,
+            self.max_model_len,
+            wish.devices,
+        ) and spec.engine_args == wish.engine_args
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentView:
+    """A deployment and the memory of its scaling.
+
+    `earlier` are replaced revisions whose replicas may still serve. `needed` is how many replicas were needed when
+    last looked at, and `needed_at[k]` the last instant at which more than k were.
+    """
+
+    current: Revision
+    earlier: tuple[Revision, ...] = ()
+    needed: int = 0
+    needed_at: tuple[float, ...] = ()
+    failures: Failures | None = None
+
+    @property
+    def name(self) -> DeploymentName:
+        return self.current.deployment.spec.name
+
+    def revisions(self) -> tuple[Revision, ...]:
+        """All that may have replicas, the newest first."""
+        return (self.current, *self.earlier)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Requests that wait for a replica of one deployment, the oldest since `since`."""
+
+    count: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
+    `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down."""
+
+    policy: Policy
+    nodes: Mapping[NodeName, NodeView]
+    replicas: Mapping[ReplicaId, ReplicaView]
+    deployments: Mapping[DeploymentName, DeploymentView]
+    loads: Mapping[ReplicaId, int]
+    held: Mapping[DeploymentName, Held]
+    settled: bool = True
+    loads_fresh: bool = True
+
+    def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
+        """Replicas of each deployment, the oldest first."""
+        found: dict[DeploymentName, list[ReplicaView]] = {}
+        for replica in sorted(self.replicas.values(), key=lambda r: (r.spec.generation, r.spec.id)):
+            found.setdefault(replica.spec.deployment, []).append(replica)
+        return found
+
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Checkpoints by name, of nodes that are not dead; where content differs, the newest."""
+        found: dict[str, Checkpoint] = {}
+        for view in self.nodes.values():
+            if view.state is NodeState.DEAD:
+                continue
+            for checkpoint in view.report.checkpoints:
+                other = found.get(checkpoint.name)
+                if other is None or (other.created_at, other.digest) < (checkpoint.created_at, checkpoint.digest):
+                    found[checkpoint.name] = checkpoint
+        return found

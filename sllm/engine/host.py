@@ -1,0 +1,262 @@
+"""The engine host: serves one replica to its agent (attach, stop) and to gateways (token streams).
+
+Its states: STARTING -> READY -> DRAINING -> STOPPING, and FAILED from any of the first three. It ends when it is told
+to, or when no agent has been attached for the grace period; a failed one waits for either, so that its reason is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+from sllm.core.launch import Launch
+from sllm.core.replica import ReplicaState, StartPhase
+from sllm.core.tokens import (
+    PROTOCOL_VERSION,
+    AbortRequests,
+    ClientFrame,
+    Finish,
+    FinishReason,
+    OpenStream,
+    StepOutputs,
+    TokenOutput,
+    TokenRequest,
+)
+from sllm.engine.base import EngineCore, Hooks, Output
+from sllm.engine.requests import Connection, Requests
+from sllm.engine.status import StatusBoard
+from sllm.engine.thread import EngineThread
+from sllm.errors import EngineFailed, InvalidArgument, SllmError, StaleGeneration, Unavailable
+from sllm.rpc.control import Empty
+from sllm.rpc.engine import AttachRequest, HostStatus, StopRequest
+
+log = logging.getLogger(__name__)
+
+
+class Host:
+    """Make it in a running event loop. `finished` is set when the process should end.
+
+    `memory_bytes` measures what this replica holds; the load is told at most once in `load_every_s`.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        build: Callable[[Hooks], EngineCore],
+        *,
+        memory_bytes: Callable[[], int],
+        load_every_s: float = 1.0,
+    ) -> None:
+        self._launch = launch
+        self._memory_bytes = memory_bytes
+        self._load_every_s = load_every_s
+        self._loop = asyncio.get_running_loop()
+        self._thread = EngineThread(build, self)
+        self._requests = Requests()
+        self._board = StatusBoard(
+            HostStatus(replica=launch.spec.id, state=ReplicaState.STARTING, phase=StartPhase.BUILDING)
+        )
+        self._attached = 0
+        self._grace: asyncio.TimerHandle | None = None
+        self._drain: asyncio.TimerHandle | None = None
+        self._load: asyncio.TimerHandle | None = None
+        self._started_at = time.monotonic()
+        self._failure: EngineFailed | None = None
+        self.finished = asyncio.Event()
+
+    @property
+    def status(self) -> HostStatus:
+        return self._board.status
+
+    def start(self) -> None:
+        """Begin to build the engine, and to count the grace: nobody is attached yet."""
+        self._started_at = time.monotonic()
+        self._await_agent()
+        self._thread.start()
+
+    async def close(self, wait_s: float) -> None:
+        """Stop the engine. A build that is under way cannot be interrupted: it is left behind after `wait_s`."""
+        self._thread.stop()
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._thread.ended.wait()
+        except TimeoutError:
+            log.warning("the engine did not stop within %s s", wait_s)
+
+    # --- the agent -------------------------------------------------------------------------
+
+    async def attach(self, request: AttachRequest) -> AsyncIterator[HostStatus]:
+        """Yield the status now and at every change. While one such stream is open, the grace does not run."""
+        if not hmac.compare_digest(request.nonce, self._launch.nonce):
+            raise StaleGeneration(f"{self._launch.spec.id} was started with another nonce")
+        self._attached += 1
+        if self._grace is not None:
+            self._grace.cancel()
+        try:
+            async for status in self._board.follow():
+                yield status
+        finally:
+            self._attached -= 1
+            if self._attached == 0 and not self.finished.is_set():
+                self._await_agent()
+
+    def _await_agent(self) -> None:
+        self._grace = self._loop.call_later(self._launch.grace_s, self._give_up)
+
+    def _give_up(self) -> None:
+        log.warning("no agent for %s s: ending", self._launch.grace_s)
+        self._finish()
+
+    async def stop(self, request: StopRequest) -> Empty:
+        """Refuse new requests, give running ones up to `drain_s`, then end."""
+        self.drain(request.drain_s)
+        return Empty()
+
+    def drain(self, drain_s: float) -> None:
+        """As `stop`. Called again, it can only make the end come sooner."""
+        if self.status.state is ReplicaState.READY:
+            self._board.update(state=ReplicaState.DRAINING)
+        if drain_s <= 0 or self.status.state is not ReplicaState.DRAINING or not self._requests:
+            self._finish()
+            return
+        ends_at = self._loop.time() + drain_s
+        if self._drain is None or ends_at < self._drain.when():
+            if self._drain is not None:
+                self._drain.cancel()
+            self._drain = self._loop.call_at(ends_at, self._finish)
+
+    def _finish(self) -> None:
+        if self.finished.is_set():
+            return
+        stopping = Unavailable(f"{self._launch.spec.id} is stopping")
+        self._thread.abort(self._requests.fail_all(stopping, time.monotonic()))
+        self._requests.close_all()
+        self._board.update(state=ReplicaState.STOPPING, running=0, waiting=0)
+        self._board.close()
+        for timer in (self._grace, self._drain, self._load):
+            if timer is not None:
+                timer.cancel()
+        self.finished.set()
+
+    # --- gateways --------------------------------------------------------------------------
+
+    async def stream(self, frames: AsyncIterator[ClientFrame]) -> AsyncIterator[StepOutputs]:
+        """Speak the token protocol with one gateway until either side ends it; then abort what is left."""
+        connection = self._requests.connect(self._admit(await anext(frames, None)))
+        reader = asyncio.create_task(self._read(frames, connection))
+        try:
+            async for step in connection.steps():
+                yield step
+        finally:
+            reader.cancel()
+            self._thread.abort(self._requests.disconnect(connection))
+            self._load_changed()
+
+    def _admit(self, opening: ClientFrame | None) -> str:
+        if not isinstance(opening, OpenStream):
+            raise InvalidArgument("a token stream must begin by opening itself")
+        if opening.protocol_version != PROTOCOL_VERSION:
+            raise InvalidArgument(
+                f"gateway {opening.gateway!r} speaks token protocol {opening.protocol_version}, "
+                f"this engine host speaks {PROTOCOL_VERSION}"
+            )
+        if opening.generation != self._launch.spec.generation:
+            raise StaleGeneration(
+                f"{self._launch.spec.id} has generation {self._launch.spec.generation}, not {opening.generation}"
+            )
+        return opening.gateway
+
+    async def _read(self, frames: AsyncIterator[ClientFrame], connection: Connection) -> None:
+        try:
+            async for frame in frames:
+                self._take(frame, connection)
+            connection.close()
+        except SllmError as error:
+            connection.close(error)
+        except Exception:
+            log.exception("reading from gateway %r failed", connection.gateway)
+            connection.close()
+
+    def _take(self, frame: ClientFrame, connection: Connection) -> None:
+        match frame:
+            case TokenRequest():
+                self._take_request(frame, connection)
+            case AbortRequests():
+                self._thread.abort(self._requests.drop(connection, frame.stream_ids))
+                self._load_changed()
+            case OpenStream():
+                raise InvalidArgument("a token stream was opened twice")
+
+    def _take_request(self, request: TokenRequest, connection: Connection) -> None:
+        refusal = self._refusal()
+        if refusal is None:
+            self._thread.add(self._requests.open(connection, request), request)
+            self._load_changed()
+            return
+        output = TokenOutput(
+            stream_id=request.stream_id,
+            position=request.num_output_tokens,
+            token_ids=[],
+            finish=Finish(reason=FinishReason.ERROR, error=refusal),
+        )
+        connection.send(StepOutputs(outputs=[output], timestamp=time.monotonic()))
+
+    def _refusal(self) -> SllmError | None:
+        if self._failure is not None:
+            return self._failure
+        if self.status.state is not ReplicaState.READY:
+            return Unavailable(f"{self._launch.spec.id} is {self.status.state}: it takes no requests")
+        return None
+
+    # --- the engine thread -----------------------------------------------------------------
+
+    def built(self) -> None:
+        if self.status.state is ReplicaState.STARTING:
+            phases_s = {StartPhase.BUILDING.value: time.monotonic() - self._started_at}
+            self._board.update(state=ReplicaState.READY, phase=StartPhase.READY, progress=1.0, phases_s=phases_s)
+
+    def progressed(self, share: float) -> None:
+        if self.status.state is ReplicaState.STARTING:
+            self._board.update(progress=share)
+
+    def stepped(self, outputs: list[Output]) -> None:
+        given_up = self._requests.deliver(outputs, time.monotonic())
+        if given_up:
+            self._thread.abort(given_up)
+        if given_up or any(output.finish for output in outputs):
+            self._load_changed()
+
+    def failed(self, error: SllmError) -> None:
+        """The engine did not come up, or broke. Wait to be told to end: the agent wants to know why."""
+        self._failure = EngineFailed(error.message, hint=error.hint)
+        self._requests.fail_all(self._failure, time.monotonic())
+        if not self.finished.is_set():
+            draining = self.status.state is ReplicaState.DRAINING
+            self._board.update(state=ReplicaState.FAILED, error=error.message, error_reason=error.reason)
+            self._load_changed()
+            if draining:
+                self._finish()
+
+    # --- load ------------------------------------------------------------------------------
+
+    def _load_changed(self) -> None:
+        """Publish the load, at once if none was published lately. The last request of a drain ends it."""
+        if self.status.state is ReplicaState.DRAINING and not self._requests:
+            self._finish()
+        if self._load is None and not self.finished.is_set():
+            self._publish_load()
+
+    def _publish_load(self) -> None:
+        open_requests, capacity = len(self._requests), self._launch.spec.capacity
+        before = self.status
+        self._board.update(
+            running=min(open_requests, capacity),
+            waiting=max(0, open_requests - capacity),
+            memory_bytes=self._memory_bytes(),
+        )
+        # Look again later while there is something to see; otherwise the next change publishes.
+        changed = self.status is not before
+        self._load = self._loop.call_later(self._load_every_s, self._publish_load) if changed else None

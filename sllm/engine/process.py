@@ -1,0 +1,161 @@
+"""Makes a freshly forked child an engine host: its own session, log, memory limit; then serves until it should end.
+
+gRPC may start only here, after the fork. The order matters: the host listens and is on record before its engine is
+built, so that an agent that comes back in the middle of a build finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import mmap
+import os
+import resource
+import signal
+import tempfile
+from pathlib import Path
+
+from sllm import log as logs
+from sllm.config import TlsConfig
+from sllm.core.device import DeviceKind
+from sllm.core.launch import Launch, LaunchRecord
+from sllm.engine.base import EngineCore, EngineKind, Hooks, Weights
+from sllm.engine.host import Host
+from sllm.rpc import transport
+from sllm.rpc.engine import handlers
+from sllm.rpc.identity import load_tls
+
+log = logging.getLogger(__name__)
+
+# Answers that are under way when the host ends get this long.
+_GOODBYE_S = 1.0
+_CLOSE_S = 2.0
+
+# The kernel counts address space as data. The stacks of an engine's and gRPC's threads (about 50 of 8 MiB) take this
+# much of it and hardly any memory; without it threads could not start, and gRPC waits for its own for ever.
+_STACKS_BYTES = 512 << 20
+
+_PR_SET_NAME = 15
+
+
+def become_host(launch: Launch, kind: EngineKind, *, weights_fd: int, log_fd: int) -> int:
+    """Never returns to the warm process' code: the caller exits with the code returned."""
+    try:
+        _stand_alone(launch, log_fd)
+        weights = Weights(memory=_map(weights_fd), tensors=launch.tensors)
+        _limit_memory(launch.memory_bytes)
+        asyncio.run(_serve(launch, kind, weights))
+    except BaseException:
+        log.exception("the engine host of %s ends with an error", launch.spec.id)
+        return 1
+    return 0
+
+
+def _stand_alone(launch: Launch, log_fd: int) -> None:
+    os.setsid()
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.close(log_fd)
+    logs.setup(level="info", json_lines=False)
+    # An interrupt is for the foreground; a host ends by SIGTERM, by its agent or by its grace.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name_process(launch.spec.id)
+    # Engines leave files where `tempfile` says; a killed one must not leave them outside the agent's folder.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(launch.record_path).parent)
+    os.environ["OMP_NUM_THREADS"] = str(launch.threads)
+    if launch.device_kind == DeviceKind.CUDA:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(launch.device_ids)
+
+
+def name_process(name: str) -> None:
+    """Show `name` (its first 15 bytes) in ps and top instead of the warm process' name."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def _map(weights_fd: int) -> mmap.mmap | None:
+    try:
+        size = os.fstat(weights_fd).st_size
+        if size == 0:
+            return None
+        return mmap.mmap(weights_fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(weights_fd)
+
+
+def _limit_memory(lease_bytes: int) -> None:
+    """Let the process' data grow by its lease and no further, so that it fails alone instead of taking the node down.
+
+    The weights are mapped already: they are the pool's memory, not the lease's.
+    """
+    if lease_bytes == 0:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _status_bytes("VmData") + _STACKS_BYTES + lease_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def resident_bytes() -> int:
+    """Return the memory this process holds now, the part shared with the warm process included."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process was started (field 22 of /proc/PID/stat), which no later process of that pid shares."""
+    # The second field is the name, in parentheses, and may itself hold spaces and parentheses.
+    after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    return int(after_name.split()[19])
+
+
+async def _serve(launch: Launch, kind: EngineKind, weights: Weights) -> None:
+    inherited = resident_bytes()
+
+    def build(hooks: Hooks) -> EngineCore:
+        return kind.build(launch, weights, hooks)
+
+    host = Host(launch, build, memory_bytes=lambda: max(0, resident_bytes() - inherited))
+    server, port = await transport.serve([handlers(host)], f"{launch.bind_host}:0", load_tls(_tls(launch)))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, host.drain, 0.0)
+    _record(launch, f"{launch.bind_host}:{port}")
+    host.start()
+    log.info("engine host of %s (%s, %s) at port %s", launch.spec.id, launch.spec.deployment, kind.name, port)
+    await host.finished.wait()
+    log.info("T0")
+    await server.stop(_GOODBYE_S)
+    log.info("T1")
+    await host.close(_CLOSE_S)
+    log.info("T2")
+    log.info("engine host of %s ends", launch.spec.id)
+
+
+def _tls(launch: Launch) -> TlsConfig | None:
+    if not launch.tls_ca:
+        return None
+    return TlsConfig(ca=Path(launch.tls_ca), certificate=Path(launch.tls_certificate), key=Path(launch.tls_key))
+
+
+def _record(launch: Launch, address: str) -> None:
+    """Write the record whole or not at all: an agent may read it at any moment."""
+    pid = os.getpid()
+    record = LaunchRecord(
+        replica=launch.spec.id,
+        nonce=launch.nonce,
+        pid=pid,
+        start_ticks=start_ticks(pid),
+        address=address,
+        spec=launch.spec,
+    )
+    path = Path(launch.record_path)
+    unfinished = path.with_name(f".{path.name}.{pid}")
+    unfinished.touch(mode=0o600)  # it holds the nonce
+    unfinished.write_text(record.to_json(), encoding="utf-8")
+    unfinished.replace(path)

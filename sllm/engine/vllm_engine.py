@@ -1,0 +1,153 @@
+"""vLLM's EngineCore, in this process and in one thread, as an `EngineCore` of ours.
+
+A request with a grammar is prepared (tokenizer loaded, grammar compiled) in a thread of its own and enters the
+scheduler when it is ready: the scheduler would otherwise spin while it waits for the grammar.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMClientError
+from vllm.v1.engine.core import EngineCore as VllmEngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.structured_output import StructuredOutputManager
+
+from sllm.core.launch import Launch
+from sllm.core.tokens import Finish, FinishReason, TokenRequest
+from sllm.engine import vllm_loader
+from sllm.engine.base import EngineCore, Hooks, Output, Weights
+from sllm.engine.vllm_args import engine_config
+from sllm.engine.vllm_errors import build_error
+from sllm.engine.vllm_tokens import engine_request, output_of, sampling_params
+from sllm.errors import EngineFailed, InvalidArgument
+
+
+def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
+    """Build vLLM's engine for a launch. Raises the SllmError that says best why it does not come up."""
+    torch.set_num_threads(launch.threads)
+    config = engine_config(launch)
+    vllm_loader.offer(weights, hooks.progress)
+    try:
+        core = VllmEngineCore(config, Executor.get_class(config), log_stats=False)
+    except Exception as error:
+        raise build_error(error) from error
+    return VllmCore(core, hooks)
+
+
+class VllmCore:
+    def __init__(self, core: Any, hooks: Hooks) -> None:
+        self._core = core
+        self._hooks = hooks
+        self._vocab_size: int = core.vllm_config.model_config.get_vocab_size()
+        self._max_model_len: int = core.vllm_config.model_config.max_model_len
+        self._grammars = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._preparing: dict[int, Future[Any]] = {}
+        self._prepared: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._grammars_ready = False
+
+    def add(self, key: int, request: TokenRequest) -> None:
+        params = sampling_params(request.sampling_params)
+        self._check(request, params)
+        theirs = engine_request(key, request, params)
+        if params.structured_outputs is None:
+            self._enter(theirs)
+            return
+        future = self._grammars.submit(self._prepare, theirs)
+        self._preparing[key] = future
+        future.add_done_callback(lambda _: self._announce(key))
+
+    def _enter(self, request: Any) -> None:
+        try:
+            self._core.add_request(*self._core.preprocess_add_request(request))
+        except Exception as error:
+            raise EngineFailed(f"the engine did not take the request: {error}") from error
+
+    def _check(self, request: TokenRequest, params: Any) -> None:
+        """Refuse what would break the engine for everybody. The front end has checked more, but it may be another
+        version, or another model's."""
+        if request.num_output_tokens:
+            raise InvalidArgument("this engine cannot resume a request yet")
+        if not request.token_ids:
+            raise InvalidArgument("a request needs at least one prompt token")
+        room = self._max_model_len - len(request.token_ids)
+        if room < 1:
+            raise InvalidArgument(
+                f"{len(request.token_ids)} tokens leave no room in a context of {self._max_model_len}"
+            )
+        if max(request.token_ids) >= self._vocab_size:
+            raise InvalidArgument(f"token {max(request.token_ids)} is not in the vocabulary of {self._vocab_size}")
+        if params.n != 1:
+            raise InvalidArgument("each choice must be a request of its own")
+        if params.max_tokens is None:
+            params.max_tokens = room
+        try:
+            params.verify(self._core.vllm_config.model_config, None, None, None)
+        except (ValueError, VLLMClientError) as error:
+            raise InvalidArgument(f"sampling parameters: {error}") from error
+
+    def _prepare(self, request: Any) -> Any:
+        """In the grammar thread: return the request as `add_request` takes it, its grammar compiled."""
+        if not self._grammars_ready:
+            self._make_grammar_manager()
+            self._grammars_ready = True
+        prepared = self._core.preprocess_add_request(request)
+        grammar = prepared[0].structured_output_request.grammar
+        if isinstance(grammar, Exception):
+            raise grammar
+        return prepared
+
+    def _make_grammar_manager(self) -> None:
+        """Replace the manager, which was made without a tokenizer, by one that has it."""
+        self._core.vllm_config.model_config.skip_tokenizer_init = False
+        manager = StructuredOutputManager(self._core.vllm_config)
+        manager._use_async_grammar_compilation = False  # this thread is there to wait for it
+        self._core.structured_output_manager = manager
+        self._core.scheduler.structured_output_manager = manager
+
+    def _announce(self, key: int) -> None:
+        self._prepared.put(key)
+        self._hooks.wake()
+
+    def abort(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            future = self._preparing.pop(key, None)
+            if future is not None:
+                future.cancel()
+        self._core.abort_requests([str(key) for key in keys])
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._core.scheduler.has_requests()) or not self._prepared.empty()
+
+    def step(self) -> list[Output]:
+        outputs = self._admit()
+        stepped, executed = self._core.step_fn()
+        self._core.post_step(executed)
+        for client in (stepped or {}).values():
+            outputs += [output_of(output) for output in client.outputs]
+        return outputs
+
+    def _admit(self) -> list[Output]:
+        """Let the requests in whose grammar is ready; return an output for each one whose grammar is wrong."""
+        refused: list[Output] = []
+        while not self._prepared.empty():
+            key = self._prepared.get()
+            future = self._preparing.pop(key, None)
+            if future is None:
+                continue  # aborted meanwhile
+            error = future.exception()
+            if error is None:
+                self._core.add_request(*future.result())
+            else:
+                refusal = InvalidArgument(f"the engine refused the grammar: {error}")
+                refused.append(Output(key=key, token_ids=[], finish=Finish(reason=FinishReason.ERROR, error=refusal)))
+        return refused
+
+    def close(self) -> None:
+        self._grammars.shutdown(wait=False, cancel_futures=True)
+        self._core.shutdown()

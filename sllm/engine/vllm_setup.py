@@ -1,0 +1,138 @@
+"""Prepares a process for vLLM before any engine is built: environment, lazy imports, slow set-up calls made once.
+
+All of this is inherited by every fork; nothing here may start a thread that works or touch CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+from sllm.engine.base import EngineKind
+from sllm.errors import EngineFailed
+
+# What the adapter was tested with. It touches names that vLLM does not promise to keep.
+TESTED_VERSIONS = ("0.32.0",)
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the host's own process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are the lease's to say
+    # One rank still opens sockets for its peers: keep them off the network.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOOPBACK_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+# Imported by vLLM only when an engine is built or makes its first step.
+_LAZY_MODULES = (
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.structured_output",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.fused_moe.eep_reconfigure",
+    "vllm.v1.pool.flash_maxsim.flash_maxsim_rerank",
+    "vllm.renderers",
+    "vllm.tokenizers",
+    "vllm.model_executor.models.transformers",
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.tokenization_auto",
+    "compressed_tensors",
+    "xgrammar",
+    "sllm.loader.views",
+)
+_LAZY_CPU_MODULES = (
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.v1.attention.backends.cpu_attn",
+)
+
+# Architectures whose code is imported ahead; any other is imported when a host first needs it.
+COMMON_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+    "OPTForCausalLM",
+    "GPT2LMHeadModel",
+)
+
+
+def warm() -> EngineKind:
+    """Import vLLM, our adapter, and what both would import later.
+
+    Raises EngineFailed if vLLM is missing or is not a version that the adapter was tested with.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    version = installed_version()
+    for module in _LAZY_MODULES:
+        importlib.import_module(module)
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+    from vllm.platforms import current_platform
+
+    configure_logging_if_needed(LoggingConfig())  # visits every logger there is; engines find it done
+    if current_platform.is_cpu():
+        _prepare_cpu(current_platform)
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    for architecture in COMMON_ARCHITECTURES:
+        import_architecture(architecture)
+    from sllm.engine import vllm_args, vllm_engine
+
+    vllm_args.parser()
+    architectures = tuple(sorted(ModelRegistry.get_supported_archs()))
+    return EngineKind(name="vllm", version=version, architectures=architectures, build=vllm_engine.build)
+
+
+def installed_version() -> str:
+    """Return vLLM's version. Raises EngineFailed if it is missing or untested."""
+    try:
+        from vllm.version import __version__ as version
+    except ImportError as error:
+        raise EngineFailed(
+            "vLLM is not installed", hint="install the extra `cpu` or `gpu`: pip install 'sllm[cpu]'"
+        ) from error
+    if version not in TESTED_VERSIONS:
+        raise EngineFailed(
+            f"vLLM {version} is installed; this version of sllm was tested with {', '.join(TESTED_VERSIONS)}",
+            hint=f"pip install 'vllm=={TESTED_VERSIONS[-1]}'",
+        )
+    return str(version)
+
+
+def import_architecture(name: str) -> None:
+    """Import a model's code in this process. Without it vLLM inspects it in a new interpreter, which takes seconds."""
+    from vllm.model_executor.models import ModelRegistry
+
+    registered = ModelRegistry.models.get(name)
+    if registered is not None:
+        ModelRegistry.register_model(name, registered.load_model_cls())
+
+
+def _prepare_cpu(platform: Any) -> None:
+    for module in _LAZY_CPU_MODULES:
+        importlib.import_module(module)
+    from vllm.utils import cpu_resource_utils
+
+    # Each call runs `lscpu`. The machine's processors do not change; which of them are allowed is read anew.
+    cpu_resource_utils._get_cpu_list = functools.cache(cpu_resource_utils._get_cpu_list)
+    cpu_resource_utils.get_allowed_cpu_list()
+    # Rebinds kernels in every loaded module; once is enough for all forks.
+    platform.register_triton_kernel_overrides()
+    type(platform).register_triton_kernel_overrides = classmethod(lambda cls: None)

@@ -1,0 +1,291 @@
+"""Brings open requests to replicas: at once where there is room, else when there is. Decides what a failure means.
+
+A request that has had no token yet is moved when its replica turned it away or was lost; one that has had tokens fails.
+Requests of this gateway that wait for a deployment are served in order: room that a finished request leaves goes to
+the first of them without asking the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+from sllm.core.ids import DeploymentName, ReplicaId, RequestId
+from sllm.core.request import RequestRow
+from sllm.core.route import RouteTarget
+from sllm.core.tokens import Finish, FinishReason, TokenOutput
+from sllm.errors import EngineFailed, NotFound, SllmError, StaleGeneration, Unavailable
+from sllm.gateway.balancer import choose
+from sllm.gateway.connections import Connection, Connections
+from sllm.gateway.hold import Hold
+from sllm.gateway.request import OpenRequest, Sequence
+from sllm.gateway.routes import Routes
+
+log = logging.getLogger(__name__)
+
+_MAX_MOVES = 3
+_ASK_AGAIN_S = 1.0
+
+
+class Dispatcher:
+    """Knows all open requests, and how many run on each replica."""
+
+    def __init__(self, *, routes: Routes, connections: Connections, hold: Hold) -> None:
+        self._routes = routes
+        self._connections = connections
+        self._hold = hold
+        self._open: dict[RequestId, OpenRequest] = {}
+        self._held: dict[DeploymentName, dict[RequestId, OpenRequest]] = {}
+        self._load: Counter[ReplicaId] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._draining: SllmError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        routes.subscribe(self._on_routes)
+
+    # --- a request's life ------------------------------------------------------------------
+
+    def open(self, request: OpenRequest) -> None:
+        self._open[request.id] = request
+        self._idle.clear()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Take a sequence that a front end wants run. What goes wrong comes as its output, never as an exception."""
+        request = sequence.request
+        if self._draining is not None:
+            self.fail(request, self._draining)
+        if request.is_over:
+            _put_failure([sequence])
+            return
+        request.add(sequence)
+        if request.target is not None:
+            self._run(request, request.target, [sequence])
+        elif request.asking is None:
+            self._place_or_hold(request)
+
+    def abort(self, sequences: Iterable[Sequence]) -> None:
+        """Stop sequences that their front end wants no more of."""
+        for sequence in sequences:
+            if sequence.connection is not None:
+                sequence.connection.abort([sequence])
+            sequence.request.remove(sequence)
+            self._settle(sequence.request)
+
+    def close(self, request: OpenRequest) -> None:
+        """The answer is over, or its client is gone: free at once all that the request holds."""
+        if request.closed:
+            return
+        request.closed = True
+        self._stop(request)
+        if request.prompts:  # else it never asked for an engine
+            self._finished[request.deployment] += 1
+        del self._open[request.id]
+        if not self._open:
+            self._idle.set()
+
+    def fail(self, request: OpenRequest, error: SllmError) -> None:
+        """End a request with an error: its sequences end as failed, its front end passes that on."""
+        if not request.is_over:
+            request.failure = error
+            _put_failure(self._stop(request))
+
+    # --- what is reported, and the end -------------------------------------------------------
+
+    def rows(self) -> tuple[RequestRow, ...]:
+        """Return the requests that wait or run now. One whose tokens have all come is neither."""
+        return tuple(request.row() for request in self._open.values() if request.sequences)
+
+    def take_finished(self) -> dict[str, int]:
+        """Return how many requests ended since the last call, by deployment."""
+        finished, self._finished = self._finished, Counter()
+        return dict(finished)
+
+    def give_back_finished(self, finished: dict[str, int]) -> None:
+        """Undo `take_finished`: the report did not arrive."""
+        self._finished.update(finished)
+
+    async def drain(self, *, within_s: float) -> None:
+        """Fail what waits, let run what runs, fail what still runs when the time is over."""
+        error = self._draining = Unavailable("the gateway is shutting down", retry_after_s=1.0)
+        for request in [r for held in self._held.values() for r in held.values()]:
+            self.fail(request, error)
+        try:
+            await asyncio.wait_for(self._idle.wait(), within_s)
+        except TimeoutError:
+            log.warning("%d requests were still running after %.0f s", len(self._open), within_s)
+            for request in [r for r in self._open.values() if r.sequences]:
+                self.fail(request, error)
+
+    # --- Listener ----------------------------------------------------------------------------
+
+    def finished(self, sequence: Sequence) -> None:
+        sequence.request.remove(sequence)
+        self._settle(sequence.request)
+
+    def failed(self, sequence: Sequence, connection: Connection, error: SllmError) -> None:
+        request, target = sequence.request, connection.target
+        if request.is_over or request.target is None or request.target.replica != target.replica:
+            return  # this request is past that replica already
+        if request.output_tokens == 0 and isinstance(error, Unavailable | StaleGeneration):
+            self._move(request, error)
+        elif connection.broken:
+            self.fail(request, EngineFailed(f"{target.replica} on {target.node} was lost: {error.message}"))
+        else:
+            self.fail(request, error)
+
+    # --- placing -----------------------------------------------------------------------------
+
+    def _place_or_hold(self, request: OpenRequest) -> None:
+        held = self._held.get(request.deployment)
+        target = None if held else self._room_for(request)
+        if target is not None:
+            self._place(request, target)
+            return
+        self._held.setdefault(request.deployment, {})[request.id] = request
+        request.phase = "waiting for a replica"
+        request.asking = asyncio.create_task(self._ask(request))
+
+    def _room_for(self, request: OpenRequest) -> RouteTarget | None:
+        route = self._routes.get(request.deployment)
+        if route is None:
+            return None
+        return choose(route.targets, self._load, accepts=request.accepts, avoid=request.avoid)
+
+    def _place(self, request: OpenRequest, target: RouteTarget) -> None:
+        self._unhold(request)
+        self._run(request, target, list(request.sequences.values()))
+
+    def _run(self, request: OpenRequest, target: RouteTarget, sequences: list[Sequence]) -> None:
+        if request.target is None:
+            request.target = target
+            self._load[target.replica] += 1
+        connection = self._connections.to(target, self)
+        for sequence in sequences:
+            connection.start(sequence)
+
+    async def _ask(self, request: OpenRequest) -> None:
+        try:
+            target = await self._hold.acquire(request)
+            if target.replica in request.avoid:
+                # The controller does not know yet what happened to it. It may also have been a passing trouble.
+                await self._routes.changed(within_s=_ASK_AGAIN_S)
+                request.avoid.clear()
+                target = await self._hold.acquire(request)
+        except SllmError as error:
+            self.fail(request, error)
+        except Exception:
+            log.exception("asking for a replica for %s failed", request.id)
+            self.fail(request, SllmError("asking for a replica failed"))
+        else:
+            if request.accepts(target.revision):
+                self._place(request, target)
+            else:
+                self._restart(request, target.revision)
+
+    def _move(self, request: OpenRequest, error: SllmError) -> None:
+        assert request.target is not None
+        if request.moves == _MAX_MOVES:
+            self.fail(request, Unavailable(f"{request.deployment!r}: {error.message}", retry_after_s=1.0))
+            return
+        log.info("%s is moved away from %s: %s", request.id, request.target.replica, error.message)
+        request.moves += 1
+        request.avoid.add(request.target.replica)
+        self._release(request)
+        self._place_or_hold(request)
+
+    def _restart(self, request: OpenRequest, revision: int) -> None:
+        """Only replicas of another revision are there: its tokens mean nothing to them. It must be tokenised anew."""
+        if request.moves == _MAX_MOVES:
+            self.fail(request, Unavailable(f"{request.deployment!r} is being replaced", retry_after_s=1.0))
+            return
+        request.moves += 1
+        request.restart, request.revision = True, revision
+        _put_failure(self._stop(request))
+
+    # --- giving back -------------------------------------------------------------------------
+
+    def _stop(self, request: OpenRequest) -> list[Sequence]:
+        self._unhold(request)
+        stopped = list(request.sequences.values())
+        self._release(request)
+        for sequence in stopped:
+            request.remove(sequence)
+        return stopped
+
+    def _release(self, request: OpenRequest) -> None:
+        """Take a request off its replica; its sequences are not forgotten."""
+        running: dict[Connection, list[Sequence]] = {}
+        for sequence in request.sequences.values():
+            if sequence.connection is not None:
+                running.setdefault(sequence.connection, []).append(sequence)
+        for connection, sequences in running.items():
+            connection.abort(sequences)
+        if request.target is not None:
+            replica, request.target = request.target.replica, None
+            self._load[replica] -= 1
+            if not self._load[replica]:
+                del self._load[replica]
+            self._offer_room(request.deployment)
+
+    def _settle(self, request: OpenRequest) -> None:
+        if not request.sequences:
+            self._unhold(request)
+            self._release(request)
+
+    def _unhold(self, request: OpenRequest) -> None:
+        held = self._held.get(request.deployment, {})
+        held.pop(request.id, None)
+        if not held:
+            self._held.pop(request.deployment, None)
+        asking, request.asking = request.asking, None
+        if asking is not None and asking is not asyncio.current_task():
+            asking.cancel()
+
+    def _offer_room(self, deployment: DeploymentName) -> None:
+        for request in list(self._held.get(deployment, {}).values()):
+            target = self._room_for(request)
+            if target is not None:
+                self._place(request, target)
+            elif self._is_stranded(request):
+                self._restart(request, self._current_revision(deployment))
+
+    def _is_stranded(self, request: OpenRequest) -> bool:
+        """True if nothing will ever serve the request as it was tokenised: its revision was replaced and is gone."""
+        route = self._routes.get(request.deployment)
+        if route is None or not route.targets:
+            return False
+        revisions = {route.deployment.revision, *(target.revision for target in route.targets)}
+        return not any(request.accepts(revision) for revision in revisions)
+
+    def _current_revision(self, deployment: DeploymentName) -> int:
+        route = self._routes.get(deployment)
+        return 0 if route is None else route.deployment.revision
+
+    # --- routes ------------------------------------------------------------------------------
+
+    def _on_routes(self) -> None:
+        targets = {t.replica for route in self._routes.all() for t in route.targets}
+        self._connections.keep(targets)
+        for deployment in list(self._held):
+            if self._routes.get(deployment) is None:
+                self._fail_deleted(deployment)
+            else:
+                self._offer_room(deployment)
+
+    def _fail_deleted(self, deployment: DeploymentName) -> None:
+        for request in list(self._held[deployment].values()):
+            self.fail(request, NotFound(f"the model {deployment!r} was deleted"))
+
+
+_FAILED = Finish(reason=FinishReason.ERROR)
+
+
+def _put_failure(sequences: list[Sequence]) -> None:
+    """Tell front ends that sequences failed; why is in their request."""
+    for sequence in sequences:
+        output = TokenOutput(
+            stream_id=sequence.stream_id, position=len(sequence.journal.tokens), token_ids=[], finish=_FAILED
+        )
+        sequence.sink.put([(sequence.key, output)], 0.0)

@@ -1,0 +1,38 @@
+"""Tells the controller every second what runs and waits here. Without these reports nothing scales to zero."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from sllm.errors import SllmError
+from sllm.gateway.dispatch import Dispatcher
+from sllm.rpc.control import Empty
+from sllm.rpc.routes import ReportLoadRequest
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+
+
+class LoadSink(Protocol):
+    async def report_load(self, request: ReportLoadRequest) -> Empty: ...
+
+
+async def report_load(controller: LoadSink, dispatcher: Dispatcher, *, gateway: str, every_s: float = EVERY_S) -> None:
+    """Report until cancelled. What a lost report counted is in the next one."""
+    failing = False
+    while True:
+        finished = dispatcher.take_finished()
+        try:
+            await controller.report_load(
+                ReportLoadRequest(gateway=gateway, requests=dispatcher.rows(), finished=finished)
+            )
+            failing = False
+        except SllmError as error:
+            dispatcher.give_back_finished(finished)
+            if not failing:
+                log.warning("the controller does not take load reports: %s", error.message)
+            failing = True
+        await asyncio.sleep(every_s)

@@ -1,0 +1,104 @@
+"""The gateway process: puts its parts together, says when it serves, and ends without cutting answers short."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+from sllm import lifecycle
+from sllm.config import GatewayConfig
+from sllm.errors import SllmError
+from sllm.gateway.app import App
+from sllm.gateway.connections import Connections
+from sllm.gateway.dispatch import Dispatcher
+from sllm.gateway.execution_files import ExecutionFiles
+from sllm.gateway.frontends import Builder, FrontEnds
+from sllm.gateway.hold import Hold
+from sllm.gateway.keys import Keys
+from sllm.gateway.load_report import report_load
+from sllm.gateway.routes import Routes
+from sllm.gateway.server import HttpServer, address_of, bind
+from sllm.log import LogTail
+from sllm.rpc.agents import AgentClient
+from sllm.rpc.identity import load_tls
+from sllm.rpc.routes import ReportLoadRequest, RouteClient
+from sllm.rpc.transport import Tls
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+_CANCEL_AFTER_S = 3  # what did not end with its error is cut off
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop to run the gateway in: uvloop's where it is installed, for it costs less per token."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+async def run(config: GatewayConfig, tail: LogTail) -> None:
+    """Serve until SIGTERM or SIGINT. To be run in `new_event_loop()`."""
+    del tail  # nobody asks a gateway for its log over the network
+    stop = lifecycle.stop_on_signals()
+    sock = bind(config.listen)  # before vLLM's long import: a taken port should be told at once
+    from sllm.gateway import vllm_frontend  # not before vLLM's environment is needed
+
+    vllm_frontend.prepare()
+    await Gateway(config, load_tls(config.tls), vllm_frontend.VllmBuilder).serve(sock, stop)
+
+
+class Gateway:
+    """All parts of a gateway. `make_builder` makes what makes front ends."""
+
+    def __init__(
+        self, config: GatewayConfig, tls: Tls | None, make_builder: Callable[[ExecutionFiles, Dispatcher], Builder]
+    ) -> None:
+        self._config = config
+        self._controller = RouteClient(config.controller, tls, peer="the controller")
+        self._routes = Routes(self._controller, config.name)
+        self._connections = Connections(gateway=config.name, tls=tls)
+        hold = Hold(self._controller, self._routes, gateway=config.name)
+        self.dispatcher = Dispatcher(routes=self._routes, connections=self._connections, hold=hold)
+        files = ExecutionFiles(
+            config.state_dir / "execution", lambda address: AgentClient(address, tls, peer="the agent")
+        )
+        self._front_ends = FrontEnds(self._routes, make_builder(files, self.dispatcher))
+        self._keys = Keys.of(config)
+        self._app = App(
+            config, keys=self._keys, routes=self._routes, front_ends=self._front_ends, dispatcher=self.dispatcher
+        )
+
+    async def serve(self, sock: socket.socket, stop: asyncio.Event) -> None:
+        """Serve on a bound socket until `stop` is set and what runs is over, `DRAIN_S` at most."""
+        if not self._keys.open_to_all:
+            log.warning("every request will be refused: there are no API keys and %s is not loopback", sock)
+        server = HttpServer(self._app, sock, cancel_after_s=_CANCEL_AFTER_S)
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._routes.run())
+            reporting = tasks.create_task(report_load(self._controller, self.dispatcher, gateway=self._config.name))
+            serving = tasks.create_task(server.run())
+            await server.up()
+            lifecycle.notify(READY="1", X_ADDRESS=address_of(sock))
+            log.info("serving on %s", address_of(sock))
+            await stop.wait()
+            log.info("stopping")
+            server.stop()
+            await self.dispatcher.drain(within_s=DRAIN_S)
+            await serving
+            watching.cancel()
+            reporting.cancel()
+        await self._close()
+
+    async def _close(self) -> None:
+        with contextlib.suppress(SllmError):  # the controller may be gone already
+            await self._controller.report_load(ReportLoadRequest(gateway=self._config.name))
+        await self._front_ends.close()
+        await self._connections.close()
+        await self._controller.close()

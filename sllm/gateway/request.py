@@ -1,0 +1,119 @@
+"""What this process holds of each request under way: an OpenRequest, and its token sequences."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from sllm.core.ids import DeploymentName, ReplicaId, RequestId
+from sllm.core.request import RequestRow, RequestState
+from sllm.core.route import RouteTarget
+from sllm.core.tokens import TokenOutput
+from sllm.errors import SllmError
+from sllm.gateway.journal import Journal
+
+if TYPE_CHECKING:
+    from sllm.gateway.connections import Connection
+
+Batch = list[tuple[str, TokenOutput]]
+
+
+class Sink(Protocol):
+    """Where a sequence's output goes: its front end, which is woken once per batch."""
+
+    def put(self, batch: Batch, timestamp: float) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """One choice for one prompt, as the engine sees it. `key` is how its front end names it.
+
+    `connection` is set while an engine works on it.
+    """
+
+    key: str
+    request: OpenRequest
+    sink: Sink
+    journal: Journal
+    sampling_params: bytes
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+    reasoning_ended: bool | None = None
+    connection: Connection | None = None
+    stream_id: int = 0
+
+
+def _accepts_all(revision: int) -> bool:
+    return True
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class OpenRequest:
+    """One request of a client, from its arrival until its answer is over.
+
+    `sequences` are those not yet finished (n choices are n sequences of one request, on one replica).
+    `failure` is the first thing that went wrong; `restart` says that it must be tokenised anew, by the front end of
+    `revision`. `deadline` is on the event loop's clock and holds only until the request runs.
+    """
+
+    id: RequestId
+    deployment: DeploymentName
+    streaming: bool
+    started_at: float
+    deadline: float
+    accepts: Callable[[int], bool] = _accepts_all
+    sequences: dict[str, Sequence] = field(default_factory=dict)
+    target: RouteTarget | None = None
+    asking: asyncio.Task[None] | None = None
+    phase: str = "waiting"
+    progress: float | None = None
+    failure: SllmError | None = None
+    restart: bool = False
+    revision: int | None = None
+    closed: bool = False
+    moves: int = 0
+    avoid: set[ReplicaId] = field(default_factory=set)
+    prompts: list[list[int]] = field(default_factory=list)
+    finished_tokens: int = 0
+
+    @property
+    def output_tokens(self) -> int:
+        return self.finished_tokens + sum(len(s.journal.tokens) for s in self.sequences.values())
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing more may be done for it."""
+        return self.closed or self.failure is not None or self.restart
+
+    def add(self, sequence: Sequence) -> None:
+        self.sequences[sequence.key] = sequence
+        if not any(prompt is sequence.journal.prompt for prompt in self.prompts):
+            self.prompts.append(sequence.journal.prompt)
+
+    def remove(self, sequence: Sequence) -> None:
+        if self.sequences.pop(sequence.key, None) is not None:
+            self.finished_tokens += len(sequence.journal.tokens)
+
+    def reopen(self) -> None:
+        """Begin anew, after `restart`."""
+        self.restart = False
+        self.prompts.clear()
+
+    def row(self) -> RequestRow:
+        """Return what is reported of it."""
+        return RequestRow(
+            id=self.id,
+            deployment=self.deployment,
+            state=RequestState.HELD if self.target is None else RequestState.RUNNING,
+            replica=None if self.target is None else self.target.replica,
+            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            output_tokens=self.output_tokens,
+            started_at=self.started_at,
+        )
+
+
+# Set around each call of a front end; what the front end asks of its engine is thereby known to be for this request.
+current_request: ContextVar[OpenRequest] = ContextVar("current_request")

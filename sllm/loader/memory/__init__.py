@@ -1,0 +1,1 @@
+"""The DRAM tier: shared memory regions and how they are filled."""

@@ -1,0 +1,177 @@
+"""Looks at a folder of safetensors and says what it holds, or why it is refused. Reads; writes nothing.
+
+The folder is distrusted: symlinks may not lead out of it, only regular files are opened, and weights are safetensors
+or nothing, because unpickling runs whatever code the file holds.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm.errors import InvalidArgument, InvalidCheckpoint, NotFound
+from sllm.loader.facts import (
+    CONFIG,
+    ModelFacts,
+    check_shards_present,
+    check_tensors_present,
+    model_facts,
+    shards_in_index,
+)
+from sllm.loader.safetensors import LENGTH_BYTES, StoredTensor, header_bytes, parse
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "checkpoint.json"
+MAX_EXECUTION_FILE_BYTES = 64 << 20
+_PICKLE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+# Weights in other forms, and code: neither is needed to serve the safetensors beside them.
+_LEFT_OUT = _PICKLE | {".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".ot", ".tflite", ".py", ".pyc", ".so"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """`path` is the name within the folder, `real` where its bytes are."""
+
+    path: str
+    real: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A folder that was found to be in order."""
+
+    facts: ModelFacts
+    shards: tuple[SourceFile, ...]
+    execution_files: tuple[SourceFile, ...]
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in (*self.shards, *self.execution_files))
+
+
+def locate(source: str, roots: Sequence[Path]) -> Path:
+    """Resolve a source given by a user. Raises NotFound, InvalidArgument."""
+    path = Path(source)
+    if not path.is_absolute() or "\0" in source:
+        raise InvalidArgument(f"source {source!r} is not an absolute path", hint="the node reads it, not this shell")
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
+        raise InvalidArgument(
+            f"source {source} is outside the folders that this node may read from", hint="see [sources] roots"
+        )
+    if not real.exists():
+        raise NotFound(f"source {source} is not there", hint="the node reads it: is it on the node's disk?")
+    if not real.is_dir():
+        raise InvalidArgument(f"source {source} is not a folder", hint="name the Hugging Face folder, not a file in it")
+    return real
+
+
+def examine(folder: Path) -> Source:
+    """Check a folder completely, all but the tensors' values. Raises InvalidCheckpoint, UnsupportedCheckpoint."""
+    files = _files(folder)
+    if CONFIG not in files:
+        raise InvalidCheckpoint(f"{folder} has no {CONFIG}", hint="is this a Hugging Face model folder?")
+    facts = model_facts(read_small(files[CONFIG]))
+    shards, weight_map = _shards(files, folder)
+    tensors = tuple(tensor for shard in shards for tensor in read_tensors(shard))
+    check_tensors_present(weight_map, tensors)
+    if not tensors:
+        raise InvalidCheckpoint(f"{folder} holds no tensors")
+    execution = tuple(file for name, file in sorted(files.items()) if not name.endswith(".safetensors"))
+    for file in execution:
+        _check_small(file)
+    return Source(facts=facts, shards=shards, execution_files=execution, tensors=tensors)
+
+
+def read_tensors(shard: SourceFile) -> tuple[StoredTensor, ...]:
+    """Read and check a shard's header."""
+    with os.fdopen(open_regular(shard.real), "rb") as file:
+        length = header_bytes(file.read(LENGTH_BYTES), shard.size_bytes, shard.path)
+        return parse(file.read(length), shard.size_bytes, shard.path)
+
+
+def open_regular(path: Path) -> int:
+    """Open a file that must be a regular one; O_NONBLOCK, so that a pipe in its place cannot hang the caller."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise InvalidCheckpoint(f"{path} is not a regular file")
+
+
+def read_small(file: SourceFile) -> bytes:
+    """Read a configuration file."""
+    _check_small(file)
+    with os.fdopen(open_regular(file.real), "rb") as opened:
+        return opened.read(MAX_EXECUTION_FILE_BYTES + 1)
+
+
+def _check_small(file: SourceFile) -> None:
+    if file.size_bytes > MAX_EXECUTION_FILE_BYTES:
+        raise InvalidCheckpoint(
+            f"{file.path} has {file.size_bytes} bytes; files besides weights may have {MAX_EXECUTION_FILE_BYTES}",
+            hint="remove it if the model does not need it",
+        )
+
+
+def _files(folder: Path) -> dict[str, SourceFile]:
+    """Return the folder's regular files that a checkpoint may need. Folders in it are left out, as are hidden files."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {folder}: {error.strerror}") from error
+    found = {}
+    for name in names:
+        wanted = not name.startswith(".") and name != MANIFEST and Path(name).suffix.lower() not in _LEFT_OUT
+        if wanted and (file := _file(folder, name)):
+            found[name] = file
+    return found
+
+
+def _file(folder: Path, name: str) -> SourceFile | None:
+    real = Path(os.path.realpath(folder / name))
+    if not real.is_relative_to(folder):
+        raise InvalidCheckpoint(
+            f"{name} is a link that leads out of {folder}", hint="make a copy without links: cp -rL SOURCE COPY"
+        )
+    try:
+        status = real.stat()
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {name} in {folder}: {error.strerror}") from error
+    if stat.S_ISDIR(status.st_mode):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidCheckpoint(f"{name} in {folder} is not a regular file")
+    return SourceFile(path=name, real=real, size_bytes=status.st_size)
+
+
+def _shards(files: dict[str, SourceFile], folder: Path) -> tuple[tuple[SourceFile, ...], dict[str, str]]:
+    """Return the shards to load and what the index, if there is one, says is in them."""
+    present = {name: file for name, file in files.items() if name.endswith(".safetensors")}
+    if INDEX in files:
+        weight_map = shards_in_index(read_small(files[INDEX]), INDEX)
+        check_shards_present(weight_map, present)
+        # What the index does not name is another form of the same weights.
+        return tuple(present[name] for name in sorted(set(weight_map.values()))), weight_map
+    if not present:
+        raise _no_safetensors(folder)
+    return tuple(file for _, file in sorted(present.items())), {}
+
+
+def _no_safetensors(folder: Path) -> InvalidCheckpoint:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICKLE)
+    if pickles:
+        return InvalidCheckpoint(
+            f"{folder} has its weights as pickle ({pickles[0]}), which is refused: loading it runs any code it holds",
+            hint="convert it to safetensors on a machine that you can afford to lose",
+        )
+    return InvalidCheckpoint(f"{folder} has no safetensors file", hint="is this a Hugging Face model folder?")

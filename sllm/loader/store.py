@@ -1,0 +1,193 @@
+"""The SSD store: checkpoints as folders, each complete or absent. Blocking; the caller gives it a thread.
+
+`ROOT/NAME/` has the files and their manifest. A checkpoint is copied to `ROOT/.tmp-…`, flushed, then renamed: a crash
+leaves no half checkpoint, and what it leaves behind is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sllm.core.checkpoint import Checkpoint
+from sllm.core.ids import CheckpointName
+from sllm.errors import CapacityExceeded, Conflict, InvalidCheckpoint, NotFound, SllmError
+from sllm.loader.copying import Progress, copy_files, flush_folder, write_flushed
+from sllm.loader.manifest import Manifest, digest_of, main_dtype
+from sllm.loader.source import MANIFEST, Source, examine, open_regular
+
+log = logging.getLogger(__name__)
+
+_TMP = ".tmp-"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class SsdStore:
+    """All checkpoints of one node. `limit_bytes` 0: all of the disk. One writer at a time, any number of readers."""
+
+    def __init__(self, root: Path, limit_bytes: int = 0) -> None:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root = root.resolve()
+        self._limit_bytes = limit_bytes
+        self._manifests = dict(self._scan())
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Return all checkpoints, by name."""
+        return tuple(manifest for _, manifest in sorted(self._manifests.items()))
+
+    def named(self, name: CheckpointName) -> Manifest:
+        """Raises NotFound."""
+        if name not in self._manifests:
+            raise NotFound(f"checkpoint {name!r} is not on this node")
+        return self._manifests[name]
+
+    def with_digest(self, digest: str) -> Manifest:
+        """Raises NotFound."""
+        for manifest in self.manifests():
+            if manifest.checkpoint.digest == digest:
+                return manifest
+        raise NotFound(f"no checkpoint with digest {digest} is on this node")
+
+    def folder(self, manifest: Manifest) -> Path:
+        return self.root / manifest.checkpoint.name
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(_stored_bytes(manifest) for manifest in self._manifests.values())
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._limit_bytes or self.used_bytes + self._free_on_disk()
+
+    def add(self, name: CheckpointName, source: Source, origin: str, *, now: float, progress: Progress) -> Manifest:
+        """Copy a source that was examined, and return its manifest; the same content again is no error.
+
+        Raises Conflict if the name is taken by another content, CapacityExceeded, InvalidCheckpoint, and whatever
+        `progress` raises.
+        """
+        if name in self._manifests:
+            return self._same_again(name, source, progress)
+        self._check_room(source.total_bytes)
+        work = self.root / f"{_TMP}{secrets.token_hex(6)}"
+        work.mkdir(mode=0o700)
+        try:
+            manifest = self._fill(work, name, source, origin, now=now, progress=progress)
+            os.rename(work, self.root / name)
+            flush_folder(self.root)
+        except OSError as error:
+            raise _write_error(error, name) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        # Replaced, never changed in place: readers are in other threads.
+        self._manifests = {**self._manifests, name: manifest}
+        return manifest
+
+    def remove(self, name: CheckpointName) -> None:
+        """Remove a checkpoint. Raises NotFound."""
+        self.named(name)
+        work = self.root / f"{_TMP}{secrets.token_hex(6)}"
+        os.rename(self.root / name, work)
+        self._manifests = {other: manifest for other, manifest in self._manifests.items() if other != name}
+        flush_folder(self.root)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def execution_files(self, digest: str, *, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
+        """Yield (path, content) of each execution file, large ones in pieces. Raises NotFound."""
+        manifest = self.with_digest(digest)
+        for file in manifest.execution_files:
+            with os.fdopen(open_regular(self.folder(manifest) / file.path), "rb") as opened:
+                yield file.path, opened.read(piece_bytes)
+                while piece := opened.read(piece_bytes):
+                    yield file.path, piece
+
+    def _same_again(self, name: CheckpointName, source: Source, progress: Progress) -> Manifest:
+        there = self._manifests[name]
+        digest = digest_of(copy_files((*source.shards, *source.execution_files), None, progress))
+        if digest != there.checkpoint.digest:
+            raise Conflict(
+                f"checkpoint {name!r} is there already, with other content",
+                hint="choose another name, or remove it first: sllm checkpoint remove",
+            )
+        return there
+
+    def _fill(
+        self, work: Path, name: CheckpointName, source: Source, origin: str, *, now: float, progress: Progress
+    ) -> Manifest:
+        files = copy_files((*source.shards, *source.execution_files), work, progress)
+        copy = examine(work)  # the source may have changed since it was examined
+        manifest = Manifest(
+            checkpoint=Checkpoint(
+                name=name,
+                digest=digest_of(files),
+                size_bytes=sum(tensor.size_bytes for tensor in copy.tensors),
+                architecture=copy.facts.architecture,
+                dtype=main_dtype(copy.tensors),
+                tensor_count=len(copy.tensors),
+                max_model_len=copy.facts.max_model_len,
+                source=origin,
+                created_at=now,
+            ),
+            shards=files[: len(source.shards)],
+            execution_files=files[len(source.shards) :],
+            tensors=copy.tensors,
+        )
+        write_flushed(work / MANIFEST, manifest.to_json().encode())
+        flush_folder(work)
+        return manifest
+
+    def _check_room(self, needed_bytes: int) -> None:
+        free = self._free_on_disk()
+        if self._limit_bytes:
+            free = min(free, self._limit_bytes - self.used_bytes)
+        if needed_bytes > free:
+            raise CapacityExceeded(
+                f"the checkpoint has {needed_bytes} bytes, the SSD store has room for {max(0, free)}",
+                hint="remove checkpoints that are not needed: sllm checkpoint remove",
+            )
+
+    def _free_on_disk(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    def _scan(self) -> Iterator[tuple[CheckpointName, Manifest]]:
+        for folder in sorted(self.root.iterdir()):
+            if folder.name.startswith(_TMP):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.is_dir():
+                try:
+                    manifest = _read_manifest(folder)
+                except SllmError as error:
+                    # One damaged folder must not keep the node's other checkpoints from being served.
+                    log.error("checkpoint %s is left out: %s", folder.name, error)
+                else:
+                    yield manifest.checkpoint.name, manifest
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read its {MANIFEST}: {error.strerror}") from error
+    if manifest.checkpoint.name != folder.name:
+        raise InvalidCheckpoint(f"its {MANIFEST} is that of {manifest.checkpoint.name!r}")
+    for file in (*manifest.shards, *manifest.execution_files):
+        path = folder / file.path
+        if not path.is_file() or path.stat().st_size != file.size_bytes:
+            raise InvalidCheckpoint(f"its file {file.path} is missing or has another size")
+    return manifest
+
+
+def _stored_bytes(manifest: Manifest) -> int:
+    return sum(file.size_bytes for file in (*manifest.shards, *manifest.execution_files))
+
+
+def _write_error(error: OSError, name: CheckpointName) -> SllmError:
+    if error.errno in _DISK_FULL:
+        return CapacityExceeded(
+            f"the disk is full: checkpoint {name!r} was not added", hint="remove checkpoints that are not needed"
+        )
+    return SllmError(f"cannot store checkpoint {name!r}: {error.strerror}")

@@ -1,0 +1,1 @@
+"""Decisions about replicas, all pure: values in, values out; `now` is an argument."""

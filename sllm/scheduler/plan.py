@@ -1,0 +1,49 @@
+"""Plan: the actions that a snapshot calls for, each with its reason, and when to look again without being told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReplica:
+    """Start a replica of the deployment's current revision. Its id and generation are drawn when it is carried out."""
+
+    deployment: DeploymentName
+    node: NodeName
+    devices: tuple[DeviceId, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainReplica:
+    replica: ReplicaId
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopReplica:
+    replica: ReplicaId
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveDeployment:
+    """Its last replica is gone: forget a deleted deployment."""
+
+    deployment: DeploymentName
+
+
+Action = StartReplica | DrainReplica | StopReplica | RemoveDeployment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`reasons` says, for deployments that do not have what they need, what they wait for."""
+
+    actions: tuple[Action, ...] = ()
+    reasons: Mapping[DeploymentName, str] = field(default_factory=dict)
+    wake_at: float | None = None

@@ -1,0 +1,184 @@
+"""From what is to what is wanted: the plan for one snapshot. An unchanged world gives an empty plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sllm.core.ids import DeploymentName
+from sllm.core.replica import ReplicaState
+from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
+from sllm.scheduler.autoscale import Scale, scale
+from sllm.scheduler.placement import Placement, Room, Waiting, place_in
+from sllm.scheduler.plan import Action, DrainReplica, Plan, RemoveDeployment, StartReplica, StopReplica
+
+
+def reconcile(snapshot: Snapshot, now: float) -> Plan:
+    """Return what to do now. The same snapshot gives the same plan."""
+    planner = _Planner(snapshot, now)
+    planner.commands()
+    for view in _by_urgency(snapshot):
+        planner.deployment(view)
+    return planner.plan()
+
+
+def _by_urgency(snapshot: Snapshot) -> list[DeploymentView]:
+    """Who has waited longest comes first to the free devices; then by name."""
+
+    def key(view: DeploymentView) -> tuple[bool, float, str]:
+        held = snapshot.held.get(view.name)
+        return (held is None, held.since if held else 0.0, view.name)
+
+    return sorted(snapshot.deployments.values(), key=key)
+
+
+class _Planner:
+    """Gathers the actions, and the room that is left after them."""
+
+    def __init__(self, snapshot: Snapshot, now: float) -> None:
+        self._snapshot = snapshot
+        self._now = now
+        self._room = Room(snapshot)
+        self._replicas = snapshot.replicas_by_deployment()
+        self._actions: list[Action] = []
+        self._reasons: dict[DeploymentName, str] = {}
+        self._wakes: list[float] = []
+
+    def plan(self) -> Plan:
+        wake_at = min(self._wakes, default=None)
+        return Plan(actions=tuple(self._actions), reasons=self._reasons, wake_at=wake_at)
+
+    def commands(self) -> None:
+        """Give commands that were not accepted again, and clean up after failures."""
+        for replicas in self._replicas.values():
+            for replica in replicas:
+                if replica.intent is not Intent.RUN:
+                    self._repeat(replica)
+                elif replica.state is ReplicaState.FAILED:
+                    self._stop(replica, "it failed")
+                elif replica.spec.deployment not in self._snapshot.deployments:
+                    self._end(replica, "its deployment is gone")
+
+    def deployment(self, view: DeploymentView) -> None:
+        replicas = self._replicas.get(view.name, [])
+        if view.current.deployment.deleting:
+            self._delete(view, replicas)
+            return
+        live = [r for r in replicas if r.live]
+        current = [r for r in live if r.spec.revision == view.current.number]
+        outdated = [r for r in live if r.spec.revision != view.current.number]
+        wanted = scale(view, self._snapshot, len(current), self._now)
+        if wanted.until is not None and len(current) > wanted.needed:
+            self._wakes.append(wanted.until)
+        let_go = self._start_missing(view, replicas, current, outdated, wanted)
+        self._retire_outdated(view, current, [r for r in outdated if r not in let_go], wanted)
+        self._retire_surplus(current, wanted)
+
+    # -- starting
+
+    def _start_missing(
+        self,
+        view: DeploymentView,
+        replicas: Sequence[ReplicaView],
+        current: Sequence[ReplicaView],
+        outdated: Sequence[ReplicaView],
+        wanted: Scale,
+    ) -> list[ReplicaView]:
+        """Start what is missing; return outdated replicas that were let go to make room for it."""
+        missing = min(wanted.needed - len(current), self._allowed_starts(view, current, wanted))
+        for _ in range(missing):
+            placement = place_in(self._room, view)
+            if isinstance(placement, Waiting):
+                self._reasons[view.name] = placement.text
+                return self._make_room(view, replicas, outdated)
+            self._start(view, placement)
+        return []
+
+    def _allowed_starts(self, view: DeploymentView, current: Sequence[ReplicaView], wanted: Scale) -> int:
+        if wanted.needed <= len(current):
+            return 0
+        if not self._snapshot.settled:
+            self._reasons[view.name] = "waiting for the nodes to report after a restart of the controller"
+            return 0
+        failures = view.failures
+        if failures is None:
+            return wanted.needed
+        if self._now < failures.retry_at:
+            self._wakes.append(failures.retry_at)
+            self._reasons[view.name] = f"the last start failed: {failures.error}"
+            return 0
+        # After a failure one is tried at a time.
+        return 1 - sum(r.starting for r in current)
+
+    def _start(self, view: DeploymentView, placement: Placement) -> None:
+        self._room.take(placement.node, placement.devices)
+        why = f"holds the checkpoint in {placement.tier.name}, {len(placement.devices)} devices free"
+        self._actions.append(
+            StartReplica(deployment=view.name, node=placement.node, devices=placement.devices, why=why)
+        )
+
+    def _make_room(
+        self, view: DeploymentView, replicas: Sequence[ReplicaView], outdated: Sequence[ReplicaView]
+    ) -> list[ReplicaView]:
+        """No device is free: let outdated replicas go, but only those whose devices the new one will take."""
+        if any(not r.live for r in replicas):
+            return []  # room is on its way
+        order = _idlest_first(self._snapshot, outdated)
+        for count in range(1, len(order) + 1):
+            placement = place_in(self._room.without(order[:count]), view)
+            if isinstance(placement, Placement):
+                chosen = [r for r in order[:count] if r.node == placement.node]
+                for replica in chosen:
+                    self._end(replica, f"makes room for revision {view.current.number}")
+                return chosen
+        return []
+
+    # -- ending
+
+    def _delete(self, view: DeploymentView, replicas: Sequence[ReplicaView]) -> None:
+        for replica in replicas:
+            if replica.live:
+                self._end(replica, "the deployment is deleted")
+        if not replicas:
+            self._actions.append(RemoveDeployment(deployment=view.name))
+
+    def _retire_outdated(
+        self, view: DeploymentView, current: Sequence[ReplicaView], outdated: Sequence[ReplicaView], wanted: Scale
+    ) -> None:
+        """Old replicas that serve stay until new ones do."""
+        serving = _idlest_first(self._snapshot, [r for r in outdated if r.ready])
+        ready = sum(r.ready for r in current)
+        keep = max(0, wanted.kept - ready) if wanted.needed else 0
+        for replica in serving[: max(0, len(serving) - keep)]:
+            self._end(replica, f"replaced by revision {view.current.number}")
+        for replica in outdated:
+            if not replica.ready:
+                self._end(replica, f"revision {view.current.number} replaces it before it began to serve")
+
+    def _retire_surplus(self, current: Sequence[ReplicaView], wanted: Scale) -> None:
+        """Only ready replicas go, and not for the sake of ones that are still starting."""
+        ready = _idlest_first(self._snapshot, [r for r in current if r.ready])
+        for replica in ready[: max(0, len(ready) - wanted.kept)]:
+            self._end(replica, "not needed any more")
+
+    def _end(self, replica: ReplicaView, why: str) -> None:
+        if replica.ready:
+            self._actions.append(DrainReplica(replica=replica.spec.id, why=why))
+        else:
+            self._stop(replica, why)
+
+    def _stop(self, replica: ReplicaView, why: str) -> None:
+        self._actions.append(StopReplica(replica=replica.spec.id, why=why))
+
+    def _repeat(self, replica: ReplicaView) -> None:
+        if replica.command is not Command.DUE:
+            return
+        if self._now < replica.retry_at:
+            self._wakes.append(replica.retry_at)
+        elif replica.intent is Intent.DRAIN:
+            self._actions.append(DrainReplica(replica=replica.spec.id, why="asked again"))
+        else:
+            self._stop(replica, "asked again")
+
+
+def _idlest_first(snapshot: Snapshot, replicas: Sequence[ReplicaView]) -> list[ReplicaView]:
+    return sorted(replicas, key=lambda r: (snapshot.loads.get(r.spec.id, 0), -r.spec.generation, r.spec.id))

@@ -1,0 +1,74 @@
+"""What failed starts mean: when to try again, and when to stop holding requests for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sllm.core.ids import NodeName
+from sllm.core.snapshot import DeploymentView, Failures, Policy
+from sllm.errors import EngineFailed
+
+COOL_DOWN_S = 300.0
+
+# Reasons that a second try would only repeat.
+PERMANENT = frozenset(
+    {
+        "INVALID_ARGUMENT",
+        "UNSUPPORTED_CHECKPOINT",
+        "CAPACITY_EXCEEDED",
+        "INVALID_CHECKPOINT",
+        "INVALID_CONFIGURATION",
+    }
+)
+
+
+def failed(
+    view: DeploymentView, node: NodeName, revision: int, *, error: str, reason: str, now: float, policy: Policy
+) -> DeploymentView:
+    """Count a failed start of the deployment's current revision; one of an earlier revision changes nothing."""
+    if revision != view.current.number:
+        return view
+    before = view.failures or Failures(revision=revision, count=0, retry_at=now)
+    count = before.count + 1
+    permanent = reason in PERMANENT
+    wait_s = COOL_DOWN_S if permanent else min(COOL_DOWN_S, policy.start_backoff_s * 2.0 ** min(count - 1, 30))
+    failures = Failures(
+        revision=revision,
+        count=count,
+        retry_at=now + wait_s,
+        given_up=permanent or count >= policy.max_start_failures,
+        error=error,
+        reason=reason,
+        nodes=before.nodes | {node},
+    )
+    return replace(view, failures=failures)
+
+
+def hindered(
+    view: DeploymentView, node: NodeName, revision: int, *, error: str, reason: str, now: float, policy: Policy
+) -> DeploymentView:
+    """Put off the next start: a node could not be reached or had other plans, which says nothing of the model."""
+    if revision != view.current.number:
+        return view
+    before = view.failures or Failures(revision=revision, count=0, retry_at=now, error=error, reason=reason)
+    retry_at = max(before.retry_at, now + policy.heartbeat_s)
+    return replace(view, failures=replace(before, retry_at=retry_at, nodes=before.nodes | {node}))
+
+
+def succeeded(view: DeploymentView, revision: int) -> DeploymentView:
+    """A replica became ready: what failed before counts no more."""
+    if view.failures is None or view.failures.revision != revision:
+        return view
+    return replace(view, failures=None)
+
+
+def refusal(view: DeploymentView, now: float) -> EngineFailed | None:
+    """The error for requests while starts are given up, or None while it is worth holding them."""
+    failures = view.failures
+    if failures is None or not failures.given_up or now >= failures.retry_at:
+        return None
+    return EngineFailed(
+        f"{view.name}: {failures.error}",
+        hint=f"see `sllm status` and the logs of {', '.join(sorted(failures.nodes))}; deploy again to retry at once",
+        retry_after_s=failures.retry_at - now,
+    )

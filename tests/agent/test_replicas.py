@@ -1,0 +1,234 @@
+"""The life of replicas, against engine hosts that do as the test says. Everything but processes is real."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sllm.agent import hosts
+from sllm.core.ids import DeviceId, ReplicaId
+from sllm.core.replica import ReplicaState
+from sllm.errors import CapacityExceeded, Conflict, EngineFailed, NotFound, StaleGeneration
+
+MakeNode = Callable[..., Any]
+MakeSpec = Callable[..., Any]
+
+
+async def serving(node: Any, spec: Any) -> Any:
+    """Start a replica and return its host once it is ready."""
+    node.local.replicas.start(spec)
+    host = await node.until_host()
+    host.become_ready()
+    await node.until(lambda: node.state() == "ready")
+    return host
+
+
+async def test_a_start_leases_forks_and_becomes_ready(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node(kv_cache_bytes=123, grace_s=7.0)
+    digest = await node.add(model)
+    host = await serving(node, make_spec(digest))
+    launch = host.launch
+    assert (launch.kv_cache_bytes, launch.grace_s, launch.device_kind) == (123, 7.0, "cpu")
+    assert launch.memory_bytes == 1 << 30
+    assert [tensor.name for tensor in launch.tensors] == ["w"]
+    assert Path(launch.execution_dir, "config.json").exists()
+    assert node.local.replicas.leases.holders == {DeviceId("fake-0"): launch.spec.id}
+
+
+async def test_a_host_that_says_it_failed_is_ended_and_frees_its_devices(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    node.local.replicas.start(make_spec(await node.add(model)))
+    host = await node.until_host()
+    host.say(state=ReplicaState.FAILED, error="no kernel", error_reason="ENGINE_FAILED")
+    await node.until(lambda: not node.local.replicas.leases.holders)
+    assert node.status().error == "no kernel"
+    assert signal.SIGKILL in host.signals
+    node.local.replicas.stop(host.launch.spec.id, 1, 0.0)
+    assert node.state() == "gone"
+
+
+async def test_a_host_that_dies_is_a_failure_with_its_last_words(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    node.log_path(host.launch.spec.id).write_text("a\nOOM!\n")
+    host.die("signal 9")
+    await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
+    assert node.status().error == "engine died: signal 9; its last words: a | OOM!"
+    assert not node.local.records.path(host.launch.spec.id).exists()
+
+
+async def test_a_host_that_dies_before_it_listens_is_a_failure(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    node.warm.silent = True
+    node.local.replicas.start(make_spec(await node.add(model)))
+    await node.until(lambda: node.warm.hosts)
+    node.warm.hosts[0].die("exit code 1")
+    await node.until(lambda: node.state() == "failed")
+    assert "engine died: exit code 1" in node.status().error
+
+
+async def test_a_failed_fork_is_a_failure(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node()
+    node.warm.failure = EngineFailed("the warm process ended with code 1: no vllm")
+    node.local.replicas.start(make_spec(await node.add(model)))
+    await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
+    assert "no vllm" in node.status().error
+
+
+@pytest.mark.parametrize("silent", [True, False])
+async def test_a_start_has_a_limit(make_node: MakeNode, make_spec: MakeSpec, model: Path, silent: bool) -> None:
+    node = make_node(start_timeout_s=0.1)
+    node.warm.silent = silent
+    node.local.replicas.start(make_spec(await node.add(model)))
+    await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
+    assert "within 0 s" in node.status().error
+    assert signal.SIGKILL in node.warm.hosts[0].signals
+
+
+async def test_a_replica_that_serves_is_given_time_to_drain(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    node.local.replicas.stop(host.launch.spec.id, 1, 30.0)
+    assert node.state() == "draining"
+    host.die("exit code 0")
+    await node.until(lambda: node.state() == "gone")
+    assert host.stops in ([], [30.0])
+    assert node.local.replicas.leases.holders == {}
+
+
+async def test_a_drain_is_cut_short_by_a_stop(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    node.local.replicas.stop(host.launch.spec.id, 1, 3600.0)
+    node.local.replicas.stop(host.launch.spec.id, 1, 0.0)
+    await node.until(lambda: node.state() == "gone")
+    assert host.stops[-1] == 0.0
+
+
+async def test_a_host_that_does_not_stop_is_made_to(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "STOP_MARGIN_S", 0.05)
+    monkeypatch.setattr(hosts, "TERMINATE_S", 0.05)
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    host.stubborn = True
+    node.local.replicas.stop(host.launch.spec.id, 1, 0.0)
+    await node.until(lambda: node.state() == "gone")
+    assert host.signals[:2] == [signal.SIGTERM, signal.SIGKILL]
+
+
+async def test_a_start_is_called_off_at_any_moment(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node()
+    spec = make_spec(await node.add(model))
+    node.local.replicas.start(spec)
+    node.local.replicas.stop(spec.id, 1, 0.0)  # before its first step
+    await node.until(lambda: node.state() == "gone")
+    assert (node.warm.hosts, node.local.replicas.leases.holders) == ([], {})
+    node.local.replicas.start(spec)
+    host = await node.until_host()  # while it is built
+    node.local.replicas.stop(spec.id, 1, 60.0)
+    await node.until(lambda: node.state() == "gone")
+    assert host.signals == [signal.SIGKILL]
+    assert node.local.weights.pool.find(spec.digest).pins == 0
+
+
+async def test_a_start_is_called_off_while_it_reads(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
+) -> None:
+    node = make_node()
+    spec = make_spec(await node.add(make_model("large", 96 << 20)))
+    node.local.replicas.start(spec)
+    await node.until(lambda: node.status().phase == "reading")
+    node.local.replicas.stop(spec.id, 1, 0.0)
+    await node.until(lambda: node.state() == "gone")
+    assert node.warm.hosts == []
+    assert node.local.weights.pool.regions() == ()
+
+
+async def test_commands_are_fenced_and_may_be_repeated(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node(devices=2)
+    digest = await node.add(model)
+    spec = make_spec(digest, generation=5)
+    replicas = node.local.replicas
+    replicas.start(spec)
+    replicas.start(spec)
+    with pytest.raises(Conflict, match="another specification"):
+        replicas.start(make_spec(digest, generation=5, capacity=9))
+    with pytest.raises(StaleGeneration):
+        replicas.start(make_spec(digest, generation=4))
+    with pytest.raises(StaleGeneration):
+        replicas.stop(spec.id, 4, 0.0)
+    with pytest.raises(Conflict, match="leased"):
+        replicas.start(make_spec(digest, id=ReplicaId("rep-2")))
+    replicas.stop(ReplicaId("rep-unknown"), 1, 0.0)
+    assert len(replicas.statuses()) == 1
+
+
+async def test_refuses_what_it_has_not_or_cannot_hold(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node(memory_bytes=1000)
+    with pytest.raises(NotFound, match="sha256:none"):
+        node.local.replicas.start(make_spec("sha256:none"))
+    with pytest.raises(CapacityExceeded, match="4194304 bytes, its devices have 1000"):
+        node.local.replicas.start(make_spec(await node.add(model)))
+    assert node.local.replicas.leases.holders == {}
+
+
+async def test_two_starts_of_one_checkpoint_share_the_read(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node(devices=2)
+    digest = await node.add(model)
+    second = ReplicaId("rep-2")
+    node.local.replicas.start(make_spec(digest))
+    node.local.replicas.start(make_spec(digest, id=second, devices=(DeviceId("fake-1"),)))
+    await node.until(lambda: len(node.warm.hosts) == 2)
+    assert node.local.weights.pool.find(digest).pins == 2
+    assert len(node.local.weights.pool.regions()) == 1
+
+
+async def test_reads_are_one_at_a_time_and_what_is_in_memory_does_not_wait(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path], model: Path
+) -> None:
+    node = make_node(devices=3)
+    resident = await node.add(model, "resident")
+    first, second = [await node.add(make_model(name, (64 << 20) + n), name) for n, name in enumerate(["a", "b"])]
+    async with node.local.weights.pinned(node.local.store.with_digest(resident), lambda _: None):
+        pass
+    for number, digest in enumerate([first, second, resident]):
+        devices = (DeviceId(f"fake-{number}"),)
+        node.local.replicas.start(make_spec(digest, id=ReplicaId(f"rep-{number}"), devices=devices))
+    loading: set[int] = set()
+
+    def note() -> bool:
+        loading.add(sum(not region.ready for region in node.local.weights.pool.regions()))
+        return len(node.warm.hosts) == 3
+
+    await node.until(note)
+    assert loading == {0, 1}
+    assert [host.launch.spec.id for host in node.warm.hosts] == ["rep-2", "rep-0", "rep-1"]
+
+
+async def test_detaching_leaves_the_host_alone(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    await node.local.close(stop_hosts=False)
+    assert (host.signals, host.stops) == ([], [])
+    assert node.local.replicas.leases.holders != {}
+    node.local.close = nothing
+
+
+async def nothing(**_: Any) -> None:
+    """Stands for the close that the test has done itself."""

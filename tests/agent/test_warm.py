@@ -1,0 +1,125 @@
+"""The warm process' supervision: what does not start, what dies, what is asked of it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sllm.agent.changes import Changes
+from sllm.agent.warm import process as warm_process
+from sllm.agent.warm.process import WarmProcess
+from sllm.core.launch import Launch
+from sllm.errors import EngineFailed
+
+_READY = """
+import json, os, socket, sys
+control = socket.socket(fileno=int(sys.argv[1]))
+about = {"engine": "stub", "version": "1", "seconds": 0.0, "architectures": ["X"]}
+control.send(json.dumps({"ready": about}).encode())
+"""
+REFUSES = (
+    _READY
+    + """
+while True:
+    packet, fds, _, _ = socket.recv_fds(control, 65536, 3)
+    if not packet:
+        break
+    launch = json.loads(os.pread(fds[0], os.fstat(fds[0]).st_size, 0))
+    text = f"{len(fds)} descriptors, capacity {launch['spec']['capacity']}"
+    control.send(json.dumps({"error": text, "nonce": json.loads(packet)["fork"]}).encode())
+"""
+)
+DIES_WHEN_ASKED = _READY + "control.recv(65536); print('out of luck', flush=True); sys.exit(3)"
+NEVER_READY = "import sys; print('No module named vllm', flush=True); sys.exit(1)"
+
+
+@pytest.fixture
+async def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[str], Any]]:
+    """Return a function that makes a WarmProcess of some code, with the Changes that it notifies."""
+    monkeypatch.setattr(warm_process, "BACKOFF_S", (0.01, 0.05))
+    made: list[WarmProcess] = []
+
+    def make(code: str) -> tuple[WarmProcess, Changes]:
+        changes = Changes()
+        made.append(
+            WarmProcess(lambda fd: (sys.executable, "-c", code, str(fd)), tmp_path / "warm.log", changes.notify)
+        )
+        return made[-1], changes
+
+    yield make
+    for warm in made:
+        await warm.close()
+
+
+@pytest.fixture
+def launch(make_spec: Callable[..., Any]) -> Launch:
+    return Launch(
+        spec=make_spec("sha256:0"),
+        nonce="n1",
+        tensors=(),
+        execution_dir="",
+        record_path="",
+        bind_host="",
+        device_kind="cpu",
+        device_ids=(),
+        threads=1,
+        memory_bytes=0,
+        kv_cache_bytes=1,
+        grace_s=1.0,
+    )
+
+
+async def fork(warm: WarmProcess, launch: Launch) -> Any:
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        async with asyncio.timeout(10):
+            return await warm.fork(launch, null, null)
+    finally:
+        os.close(null)
+
+
+async def test_says_what_it_is_once_it_is_ready(spawn: Callable[[str], Any]) -> None:
+    warm, changes = spawn(REFUSES)
+    assert warm.about is None
+    await changes.wait_beyond(0)
+    assert (warm.about.engine, warm.about.architectures) == ("stub", ("X",))
+
+
+async def test_a_refusal_reaches_who_asked(spawn: Callable[[str], Any], launch: Launch) -> None:
+    warm, _ = spawn(REFUSES)
+    with pytest.raises(EngineFailed, match="3 descriptors, capacity 4"):
+        await fork(warm, launch)
+
+
+async def test_one_that_never_gets_ready_fails_the_start_that_waits_with_its_last_words(
+    spawn: Callable[[str], Any], launch: Launch
+) -> None:
+    warm, _ = spawn(NEVER_READY)
+    for _ in range(2):  # it is tried again, and so may the start be
+        with pytest.raises(EngineFailed, match="code 1: No module named vllm"):
+            await fork(warm, launch)
+
+
+async def test_one_that_dies_fails_what_was_asked_of_it_and_is_replaced(
+    spawn: Callable[[str], Any], launch: Launch
+) -> None:
+    warm, changes = spawn(DIES_WHEN_ASKED)
+    with pytest.raises(EngineFailed, match="warm process died"):
+        await fork(warm, launch)
+    seen = 0
+    async with asyncio.timeout(10):
+        while seen < 3:  # ready, gone, ready again
+            seen = await changes.wait_beyond(seen)
+
+
+async def test_closing_it_ends_it_even_while_it_is_not_ready(spawn: Callable[[str], Any]) -> None:
+    warm, _ = spawn("import time; time.sleep(60)")
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(3):
+        await warm.close()

@@ -1,0 +1,272 @@
+"""A controller with canned answers, served over real gRPC, and a command line that runs against it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from sllm.cli.main import main
+from sllm.core.checkpoint import Checkpoint
+from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
+from sllm.core.device import Device, DeviceKind, DeviceState
+from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
+from sllm.core.node import Node, NodeReport, NodeState
+from sllm.core.operation import Operation, OperationState
+from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
+from sllm.core.request import RequestRow, RequestState
+from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
+from sllm.rpc import control, transport
+
+NOON = 1_735_732_800.0  # 2025-01-01T12:00:00Z
+DEMO = CheckpointName("demo-model")
+DIGEST = "sha256:5f3c"
+
+CHECKPOINT = Checkpoint(
+    name=DEMO,
+    digest=DIGEST,
+    size_bytes=14_000_000,
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    tensor_count=39,
+    max_model_len=512,
+    source="/models/demo",
+    created_at=NOON,
+)
+DEPLOYMENT = Deployment(
+    spec=DeploymentSpec(name=DeploymentName("org/demo"), checkpoint=DEMO, max_replicas=2, engine_args={"seed": "7"}),
+    revision=3,
+    digest=DIGEST,
+    created_at=NOON,
+    updated_at=NOON + 60,
+)
+REPLICA = ReplicaStatus(
+    spec=ReplicaSpec(
+        id=ReplicaId("rep-0a1b2c3d4e5f"),
+        deployment=DEPLOYMENT.spec.name,
+        revision=3,
+        generation=12,
+        checkpoint=DEMO,
+        digest=DIGEST,
+        devices=(DeviceId("cpu-0"),),
+        capacity=32,
+        max_model_len=512,
+    ),
+    state=ReplicaState.STARTING,
+    phase=StartPhase.READING,
+    progress=0.42,
+    phases_s={"queued": 0.01},
+    started_at=NOON,
+)
+
+
+def _copy(tier: Tier, state: ResidencyState = ResidencyState.READY) -> Residency:
+    return Residency(checkpoint=DEMO, digest=DIGEST, tier=tier, state=state, size_bytes=CHECKPOINT.size_bytes)
+
+
+COPIES = (_copy(Tier.SSD), _copy(Tier.DRAM, ResidencyState.LOADING))
+NODE = Node(
+    report=NodeReport(
+        name=NodeName("node-1"),
+        incarnation="i1",
+        revision=4,
+        address="127.0.0.1:7710",
+        version="0.1.0",
+        engine="vllm",
+        warm=True,
+        devices=(
+            Device(id=DeviceId("cpu-0"), kind=DeviceKind.CPU, state=DeviceState.LEASED, memory_bytes=4 << 30),
+            Device(id=DeviceId("cpu-1"), kind=DeviceKind.CPU, state=DeviceState.FREE, memory_bytes=4 << 30),
+        ),
+        tiers=(
+            TierUsage(tier=Tier.SSD, capacity_bytes=200 << 30, used_bytes=14_000_000),
+            TierUsage(tier=Tier.DRAM, capacity_bytes=8 << 30, used_bytes=14_000_000),
+        ),
+        residencies=COPIES,
+        checkpoints=(CHECKPOINT,),
+        replicas=(REPLICA,),
+    ),
+    state=NodeState.READY,
+    last_seen=NOON,
+)
+STATUS = control.ClusterStatus(
+    version="0.1.0",
+    deployments=(
+        control.DeploymentRow(
+            deployment=DEPLOYMENT,
+            state=DeploymentState.STARTING,
+            reason="a request waits",
+            wanted_replicas=1,
+            held_requests=2,
+        ),
+    ),
+    replicas=(control.ReplicaRow(node=NODE.report.name, status=REPLICA),),
+    nodes=(NODE,),
+)
+CHECKPOINTS = control.CheckpointList(
+    checkpoints=(
+        control.CheckpointRow(
+            checkpoint=CHECKPOINT,
+            copies=tuple(control.CheckpointCopy(node=NODE.report.name, residency=copy) for copy in COPIES),
+        ),
+    )
+)
+REQUESTS = control.RequestList(
+    requests=(
+        RequestRow(
+            id=RequestId("req-00ff"),
+            deployment=DEPLOYMENT.spec.name,
+            state=RequestState.RUNNING,
+            replica=REPLICA.spec.id,
+            node=NODE.report.name,
+            prompt_tokens=11,
+            output_tokens=5,
+            started_at=NOON,
+        ),
+    )
+)
+
+
+@dataclass
+class FakeControl:
+    """`asked` records what arrived. Operations run through `changes`, then end; `endless` ones never do."""
+
+    asked: list[Any] = field(default_factory=list)
+    changes: tuple[dict[str, Any], ...] = ({"phase": "copying", "progress": 0.5}, {"state": OperationState.DONE})
+    endless: bool = False
+    error: Exception | None = None
+    status: control.ClusterStatus = STATUS
+    checkpoints: control.CheckpointList = CHECKPOINTS
+    requests: control.RequestList = REQUESTS
+    log: tuple[str, ...] = ("first line\n", "second line\n")
+    watched: threading.Event = field(default_factory=threading.Event)
+    address: str = ""
+
+    def _begin(self, kind: str, target: str, request: object) -> Operation:
+        self._check(request)
+        self.operation = Operation(
+            id=OperationId("op-77aa"), kind=kind, target=target, state=OperationState.RUNNING, created_at=NOON
+        )
+        return self.operation
+
+    def _check(self, request: object) -> None:
+        self.asked.append(request)
+        if self.error is not None:
+            raise self.error
+
+    async def add_checkpoint(self, request: control.AddCheckpointRequest) -> Operation:
+        return self._begin("checkpoint.add", request.name, request)
+
+    async def remove_checkpoint(self, request: control.RemoveCheckpointRequest) -> Operation:
+        return self._begin("checkpoint.remove", request.name, request)
+
+    async def deploy(self, request: control.DeployRequest) -> Operation:
+        return self._begin("deploy", request.spec.name, request)
+
+    async def delete(self, request: control.DeleteRequest) -> Operation:
+        return self._begin("delete", request.name, request)
+
+    async def scale(self, request: control.ScaleRequest) -> Operation:
+        return self._begin("scale", request.name, request)
+
+    async def watch_operation(self, request: control.WatchOperationRequest) -> AsyncIterator[Operation]:
+        self.asked.append(request)
+        operation = self.operation
+        for change in self.changes:
+            operation = replace(operation, **change)
+            yield operation
+        self.watched.set()
+        if self.endless:
+            await asyncio.Event().wait()
+
+    async def list_checkpoints(self, request: control.Empty) -> control.CheckpointList:
+        self._check(request)
+        return self.checkpoints
+
+    async def get_status(self, request: control.Empty) -> control.ClusterStatus:
+        self._check(request)
+        return self.status
+
+    async def list_requests(self, request: control.Empty) -> control.RequestList:
+        self._check(request)
+        return self.requests
+
+    async def read_logs(self, request: control.ReadLogsRequest) -> AsyncIterator[control.LogChunk]:
+        self._check(request)
+        for text in self.log:
+            yield control.LogChunk(text=text)
+
+
+@dataclass
+class Server:
+    """Serves in a thread of its own, as another process would."""
+
+    control: FakeControl
+
+    def run(self, ready: threading.Event, stop: threading.Event) -> None:
+        asyncio.run(self._serve(ready, stop))
+
+    async def _serve(self, ready: threading.Event, stop: threading.Event) -> None:
+        server, port = await transport.serve([control.handlers(self.control)], "127.0.0.1:0", None)
+        self.control.address = f"127.0.0.1:{port}"
+        ready.set()
+        await asyncio.to_thread(stop.wait)
+        await server.stop(0)
+
+
+@pytest.fixture
+def controller() -> Iterator[FakeControl]:
+    fake = FakeControl()
+    server = Server(fake)
+    ready, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=server.run, args=(ready, stop))
+    thread.start()
+    assert ready.wait(10)
+    yield fake
+    stop.set()
+    thread.join(10)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty $SLLM_HOME; nothing of the real one is seen."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("SLLM_HOME", str(path))
+    for name in ("SLLM_CONTEXT", "SLLM_CONTROLLER", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def sllm(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Run a command line in this process."""
+
+    def call(*args: str) -> Answer:
+        code = main(args)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def ask(controller: FakeControl, sllm: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Run a command line against the canned controller."""
+    monkeypatch.setenv("SLLM_CONTROLLER", controller.address)
+    return sllm

@@ -1,0 +1,139 @@
+"""The names of vLLM that the adapter touches: a version that lacks one fails here, by name, before anywhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sllm.core.engine_args import ENGINE_ARGS, Taker
+
+pytestmark = pytest.mark.vllm
+
+NAMES = [
+    ("vllm.config.logging", "LoggingConfig"),
+    ("vllm.engine.arg_utils", "EngineArgs.add_cli_args"),
+    ("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
+    ("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+    ("vllm.exceptions", "VLLMClientError"),
+    ("vllm.logger", "configure_logging_if_needed"),
+    ("vllm.model_executor.model_loader", "register_model_loader"),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights"),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.download_model"),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.track_weights_loading"),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.counter_before_loading_weights"),
+    ("vllm.model_executor.models", "ModelRegistry.models"),
+    ("vllm.model_executor.models", "ModelRegistry.register_model"),
+    ("vllm.model_executor.models", "ModelRegistry.get_supported_archs"),
+    ("vllm.platforms", "current_platform.is_cpu"),
+    ("vllm.platforms", "current_platform.register_triton_kernel_overrides"),
+    ("vllm.plugins", "load_general_plugins"),
+    ("vllm.sampling_params", "SamplingParams.verify"),
+    ("vllm.usage.usage_lib", "UsageContext.ENGINE_CONTEXT"),
+    ("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    ("vllm.utils.cpu_resource_utils", "_get_cpu_list"),
+    ("vllm.utils.cpu_resource_utils", "get_allowed_cpu_list"),
+    ("vllm.v1.engine.core", "EngineCore.preprocess_add_request"),
+    ("vllm.v1.engine.core", "EngineCore.add_request"),
+    ("vllm.v1.engine.core", "EngineCore.abort_requests"),
+    ("vllm.v1.engine.core", "EngineCore.post_step"),
+    ("vllm.v1.engine.core", "EngineCore.shutdown"),
+    ("vllm.v1.executor", "Executor.get_class"),
+    ("vllm.v1.structured_output", "StructuredOutputManager.grammar_init"),
+    ("vllm.v1.structured_output.request", "StructuredOutputRequest.grammar"),
+]
+
+
+@pytest.mark.parametrize(("module", "path"), NAMES, ids=lambda value: value)
+def test_the_name_exists(vllm: SimpleNamespace, module: str, path: str) -> None:
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+
+
+def test_names_set_at_run_time_are_still_set_there(vllm: SimpleNamespace) -> None:
+    """Attributes of instances cannot be looked up on a class: look for them where they are assigned."""
+    core = inspect.getsource(importlib.import_module("vllm.v1.engine.core").EngineCore.__init__)
+    for name in ("self.step_fn", "self.structured_output_manager", "self.scheduler", "self.vllm_config"):
+        assert f"{name} = " in core or f"{name}: " in core, name
+    manager = inspect.getsource(importlib.import_module("vllm.v1.structured_output").StructuredOutputManager)
+    assert "self._use_async_grammar_compilation = " in manager
+    assert "skip_tokenizer_init" in manager
+
+
+def test_every_module_that_is_imported_ahead_exists(vllm: SimpleNamespace) -> None:
+    for module in (*vllm.setup._LAZY_MODULES, *vllm.setup._LAZY_CPU_MODULES):
+        importlib.import_module(module)
+
+
+def test_every_common_architecture_is_known(vllm: SimpleNamespace) -> None:
+    registry = importlib.import_module("vllm.model_executor.models").ModelRegistry
+    assert set(vllm.setup.COMMON_ARCHITECTURES) <= set(registry.get_supported_archs())
+
+
+def test_the_installed_version_is_a_tested_one(vllm: SimpleNamespace) -> None:
+    assert vllm.setup.installed_version() in vllm.setup.TESTED_VERSIONS
+
+
+def test_an_untested_version_is_refused(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sllm.errors import EngineFailed
+
+    monkeypatch.setattr(vllm.setup, "TESTED_VERSIONS", ("0.0.1",))
+    with pytest.raises(EngineFailed, match="tested with"):
+        vllm.setup.installed_version()
+
+
+def test_every_engine_argument_that_an_engine_takes_is_a_flag_of_vllm(vllm: SimpleNamespace) -> None:
+    flags = {flag for action in vllm.args.parser()._actions for flag in action.option_strings}
+    wanted = [name for name, taker in ENGINE_ARGS.items() if taker & Taker.ENGINE]
+    assert [name for name in wanted if f"--{name.replace('_', '-')}" not in flags] == []
+
+
+def test_the_request_struct_has_the_fields_that_are_set(vllm: SimpleNamespace) -> None:
+    fields = set(vllm.engine_types.EngineCoreRequest.__struct_fields__)
+    assert {"request_id", "prompt_token_ids", "sampling_params", "cache_salt", "priority", "reasoning_ended"} <= fields
+
+
+def test_the_output_struct_has_no_field_that_is_silently_left_out(
+    vllm: SimpleNamespace, make_launch: Callable[..., Any]
+) -> None:
+    """A new field may carry what a client is owed: decide on it, then add it here."""
+    carried = {
+        "request_id",
+        "new_token_ids",
+        "new_logprobs",
+        "new_prompt_logprobs_tensors",
+        "finish_reason",
+        "stop_reason",
+        "prefill_stats",
+    }
+    not_for_text_generation = {
+        "pooling_output",
+        "events",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "trace_headers",
+        "routed_experts",
+        "num_nans_in_logits",
+        "mm_cache_miss_hashes",
+        "new_sampling_mask",
+        "spec_decode_metrics",
+        "prompt_token_id_logprobs",
+    }
+    assert set(vllm.engine_types.EngineCoreOutput.__struct_fields__) == carried | not_for_text_generation
+
+
+def test_finish_reasons_have_the_same_names(vllm: SimpleNamespace) -> None:
+    from sllm.core.tokens import FinishReason
+
+    assert [reason.name for reason in vllm.engine_types.FinishReason] == [reason.name for reason in FinishReason]
+
+
+def test_prefill_statistics_have_what_is_read(vllm: SimpleNamespace) -> None:
+    stats = importlib.import_module("vllm.v1.metrics.stats").PrefillStats
+    assert {"num_prompt_tokens", "num_cached_tokens"} <= {field.name for field in dataclasses.fields(stats)}

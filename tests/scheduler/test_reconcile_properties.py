@@ -1,0 +1,181 @@
+"""What holds of every plan, whatever the cluster looks like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sllm.core.device import DeviceState
+from sllm.core.node import NodeState
+from sllm.core.replica import ReplicaState
+from sllm.core.residency import Tier
+from sllm.core.snapshot import Command, Failures, Intent
+from sllm.scheduler.plan import DrainReplica, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.reconcile import reconcile
+
+NODES, APPS, NOW = "abc", ("app", "bee"), 100.0
+TIMES = st.floats(0, 200)
+
+
+@st.composite
+def failures(draw):
+    if not draw(st.booleans()):
+        return None
+    return Failures(revision=2, count=1, retry_at=draw(TIMES), given_up=draw(st.booleans()))
+
+
+@st.composite
+def snapshots(draw, make):
+    """Clusters of three nodes with up to three devices, and two deployments at revision 2."""
+    free = {n: [f"d{i}" for i in range(draw(st.integers(0, 3)))] for n in NODES}
+    nodes = []
+    for name in NODES:
+        states = [draw(st.sampled_from([DeviceState.FREE, DeviceState.FREE, DeviceState.LEASED])) for _ in free[name]]
+        devices = [make.device(d, s) for d, s in zip(free[name], states, strict=True)]
+        holds = draw(st.sampled_from([(), (("m", Tier.SSD),), (("m", Tier.DRAM),)]))
+        state = draw(st.sampled_from([NodeState.READY, NodeState.READY, NodeState.SUSPECT]))
+        nodes.append(make.node(name, devices=devices, holds=holds, state=state))
+    replicas = []
+    for name in NODES:
+        while free[name] and draw(st.booleans()):
+            replicas.append(draw_replica(draw, make, name, free[name].pop(), len(replicas)))
+    apps = [draw_deployment(draw, make, name) for name in APPS]
+    loads = {r.spec.id: draw(st.integers(0, 10)) for r in replicas if r.ready}
+    held = {name: count for name in APPS if (count := draw(st.integers(0, 20)))}
+    return make.snapshot(
+        nodes=nodes,
+        replicas=replicas,
+        deployments=apps,
+        loads=loads,
+        held=held,
+        settled=draw(st.booleans()),
+        loads_fresh=draw(st.booleans()),
+    )
+
+
+def draw_replica(draw, make, node, device, number):
+    return make.replica(
+        str(number),
+        on=node,
+        devices=[device],
+        deployment=draw(st.sampled_from(APPS)),
+        revision=draw(st.sampled_from([2, 2, 1])),
+        state=draw(st.sampled_from([None, ReplicaState.READY, ReplicaState.READY, *ReplicaState])),
+        intent=draw(st.sampled_from([Intent.RUN, Intent.RUN, Intent.RUN, *Intent])),
+        command=draw(st.sampled_from(Command)),
+        retry_at=draw(TIMES),
+        generation=number,
+    )
+
+
+def draw_deployment(draw, make, name):
+    minimum = draw(st.integers(0, 2))
+    maximum = max(1, minimum + draw(st.integers(0, 2)))
+    needed_at = sorted(draw(st.lists(st.floats(0, NOW), max_size=4)), reverse=True)
+    view = make.deployment(
+        name,
+        number=2,
+        min_replicas=minimum,
+        max_replicas=maximum,
+        needed=draw(st.integers(0, maximum)),
+        needed_at=needed_at,
+        devices=draw(st.integers(1, 2)),
+        deleting=draw(st.booleans()),
+        keep_alive_s=10.0,
+    )
+    return replace(view, failures=draw(failures()))
+
+
+def carried_out(make, snapshot, plan):
+    """The snapshot as it is when the plan's commands have been sent."""
+    replicas, deployments = dict(snapshot.replicas), dict(snapshot.deployments)
+    for number, action in enumerate(plan.actions):
+        if isinstance(action, StartReplica):
+            new = make.replica(
+                f"new{number}",
+                on=action.node,
+                devices=action.devices,
+                deployment=action.deployment,
+                revision=deployments[action.deployment].current.number,
+                state=None,
+                command=Command.SENT,
+                generation=1000 + number,
+            )
+            replicas[new.spec.id] = new
+        elif isinstance(action, RemoveDeployment):
+            del deployments[action.deployment]
+        else:
+            intent = Intent.DRAIN if isinstance(action, DrainReplica) else Intent.STOP
+            replicas[action.replica] = replace(replicas[action.replica], intent=intent, command=Command.SENT)
+    return replace(snapshot, replicas=replicas, deployments=deployments)
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_every_plan_is_safe(make, data):
+    snapshot = data.draw(snapshots(make))
+    plan = reconcile(snapshot, NOW)
+    assert plan == reconcile(snapshot, NOW), "the same snapshot gives the same plan"
+    assert plan.wake_at is None or plan.wake_at > NOW
+    check_leases(snapshot, plan)
+    check_endings(snapshot, plan)
+    after = carried_out(make, snapshot, plan)
+    check_bounds(snapshot, after)
+    assert reconcile(after, NOW).actions == (), "an unchanged world gives an empty plan"
+
+
+def check_leases(snapshot, plan):
+    """No device is leased twice, nor one that is not free, nor on a node that takes no new work."""
+    held = {(r.node, d) for r in snapshot.replicas.values() for d in r.spec.devices}
+    for action in plan.actions:
+        if isinstance(action, StartReplica):
+            node = snapshot.nodes[action.node]
+            assert node.state is NodeState.READY
+            assert len(action.devices) == snapshot.deployments[action.deployment].current.deployment.spec.devices
+            for device in action.devices:
+                assert (action.node, device) not in held
+                assert {d.id: d.state for d in node.report.devices}[device] is DeviceState.FREE
+                held.add((action.node, device))
+
+
+def check_endings(snapshot, plan):
+    """Each replica is told at most once, and a start is ended only if nobody wants it any more."""
+    told = Counter(a.replica for a in plan.actions if isinstance(a, DrainReplica | StopReplica))
+    assert all(count == 1 for count in told.values())
+    for replica in map(snapshot.replicas.__getitem__, told):
+        view = snapshot.deployments[replica.spec.deployment]
+        if replica.starting and replica.spec.revision == view.current.number:
+            assert view.current.deployment.deleting
+
+
+def check_bounds(before, after):
+    for view in after.deployments.values():
+        if view.current.deployment.deleting:
+            continue
+        was, now = (sum(current(r, view) for r in s.replicas.values()) for s in (before, after))
+        spec = view.current.deployment.spec
+        assert now <= max(was, spec.max_replicas)
+        assert now >= min(was, spec.min_replicas)
+
+
+def current(replica, view):
+    return replica.live and replica.spec.deployment == view.name and replica.spec.revision == view.current.number
+
+
+@given(st.data())
+def test_a_held_request_gets_a_replica_when_there_is_room_for_one(make, data):
+    snapshot = data.draw(snapshots(make))
+    view = make.deployment("solo", needed=1)
+    free = make.node("free", devices=["d0", "d1", "d2"])
+    snapshot = replace(
+        snapshot,
+        settled=True,
+        nodes={**snapshot.nodes, "free": free},
+        deployments={"solo": view},
+        held=make.snapshot(held={"solo": 1}).held,
+    )
+    starts = [a for a in reconcile(snapshot, NOW).actions if isinstance(a, StartReplica)]
+    assert [a.deployment for a in starts] == ["solo"]

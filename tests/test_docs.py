@@ -1,0 +1,39 @@
+"""The documentation keeps up with the code where a machine can tell."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from sllm import errors
+from sllm.config import AgentConfig, ControllerConfig, GatewayConfig
+from sllm.core.engine_args import ENGINE_ARGS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def keys_of(model: type[BaseModel]) -> set[str]:
+    keys = {field.alias or name for name, field in model.model_fields.items()}
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys |= keys_of(kind)
+    return keys
+
+
+@pytest.mark.parametrize("model", [ControllerConfig, GatewayConfig, AgentConfig])
+def test_every_configuration_key_is_documented(model: type[BaseModel]) -> None:
+    text = (DOCS / "configuration.md").read_text()
+    missing = {key for key in keys_of(model) if f"`{key}`" not in text and f"[{key}]" not in text}
+    assert missing == set()
+
+
+def test_every_exit_code_is_documented() -> None:
+    text = (DOCS / "cli.md").read_text()
+    codes = {outcome.exit_code for outcome in errors.OUTCOMES.values()} | {errors.EXIT_OK, errors.EXIT_INTERRUPTED}
+    assert {code for code in codes if f"| {code} |" not in text} == set()
+
+
+def test_engine_arguments_point_to_where_they_are_listed() -> None:
+    assert ENGINE_ARGS
+    assert "engine_args.py" in (DOCS / "decisions" / "0002-engine-arguments-allow-list.md").read_text()
