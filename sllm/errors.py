@@ -36,11 +36,12 @@ class SllmError(Exception):
     """
 
     reason: ClassVar[str] = "INTERNAL"
+    default_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.default_hint
         self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
@@ -57,6 +58,7 @@ class InvalidConfiguration(InvalidArgument):
 
 class InvalidCheckpoint(InvalidArgument):
     reason = "INVALID_CHECKPOINT"
+    default_hint = "the files are damaged or incomplete: copy them again from where they came"
 
 
 class UnsupportedCheckpoint(InvalidArgument):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from sllm.loader.manifest import Manifest
 from sllm.loader.source import Source, examine, locate
 from sllm.loader.store import SsdStore
 from sllm.rpc.agents import AddProgress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,9 +81,10 @@ class Checkpoints:
         users = self._using(digest)
         if users:
             raise Conflict(f"checkpoint {name!r} is used by replica {users[0]}", hint="delete its deployment first")
-        await asyncio.get_running_loop().run_in_executor(self._writer, self._store.remove, name)
+        await asyncio.to_thread(self._store.remove, name)
         if all(manifest.checkpoint.digest != digest for manifest in self._store.manifests()):
             self._weights.forget(digest)
+        log.info("checkpoint %s is removed", name)
         self._on_change()
 
     async def close(self) -> None:
@@ -124,7 +128,11 @@ class Checkpoints:
             return self._store.add(name, source, adding.source, now=time.time(), progress=watched)
 
         async with self._turn:
-            return await run_cancellable(self._writer, work)
+            manifest = await run_cancellable(self._writer, work)
+        log.info(
+            "checkpoint %s is here: %d bytes, %s", name, manifest.checkpoint.size_bytes, manifest.checkpoint.digest
+        )
+        return manifest
 
     def _check_architecture(self, source: Source) -> None:
         known, wanted = self._architectures(), source.facts.architecture

@@ -17,7 +17,7 @@ from sllm.rpc.nodes import HeartbeatRequest, HeartbeatResponse, NodeService
 
 log = logging.getLogger(__name__)
 
-RETRY_S = (0.2, 5.0)  # first and longest wait before trying again
+RETRY_S = (0.2, 2.0)  # first and longest wait before trying again
 # An agent that was killed seems alive to the controller for some heartbeats; its successor has to outwait that.
 CONFLICT_PATIENCE_S = 10.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing, suppress
 
 from sllm.agent.warm.base import HostProcess
@@ -41,15 +41,11 @@ class EngineHost:
 
     async def stop(self, drain_s: float) -> None:
         """Let it finish its requests for up to `drain_s`, then end it by whatever it takes."""
-        try:
-            await self.client.stop(StopRequest(drain_s=drain_s))
-        except SllmError as error:
-            log.warning("engine host %d does not take the order to stop: %s", self.process.pid, error)
-        if await self._ends_within(drain_s + STOP_MARGIN_S):
+        if await self._within(drain_s + STOP_MARGIN_S, self._ask_to_stop(drain_s)):
             return
         log.warning("engine host %d did not stop, it is made to", self.process.pid)
         self.process.signal(signal.SIGTERM)
-        if not await self._ends_within(TERMINATE_S):
+        if not await self._within(TERMINATE_S, self.process.ended()):
             self.process.signal(signal.SIGKILL)
 
     async def kill(self) -> None:
@@ -57,10 +53,17 @@ class EngineHost:
         self.process.signal(signal.SIGKILL)
         await self.process.ended()
 
-    async def _ends_within(self, seconds: float) -> bool:
+    async def _ask_to_stop(self, drain_s: float) -> None:
+        try:
+            await self.client.stop(StopRequest(drain_s=drain_s))
+        except SllmError as error:
+            log.warning("engine host %d does not take the order to stop: %s", self.process.pid, error)
+        await self.process.ended()
+
+    async def _within(self, seconds: float, end: Awaitable[object]) -> bool:
         try:
             async with asyncio.timeout(seconds):
-                await self.process.ended()
+                await end
         except TimeoutError:
             return False
         return True

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from sllm.agent.changes import Changes
@@ -56,6 +57,14 @@ class Records:
 
     def remove(self, replica: ReplicaId) -> None:
         self.path(replica).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what killed hosts left: they keep their temporary files here. Only while none is alive."""
+        for path in self._folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._watch)

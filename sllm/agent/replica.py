@@ -140,7 +140,7 @@ class Replica:
                 async with asyncio.timeout(self._limit_s):
                     host = await self._launcher.launch(self.spec, self.nonce, self._devices, folder, region)
             except TimeoutError as error:
-                raise EngineFailed(f"no engine host was forked within {self._limit_s:.0f} s") from error
+                raise EngineFailed(f"no engine host was forked within {self._limit_s:g} s") from error
             log.info("replica %s of %s is process %d", self.spec.id, self.spec.deployment, host.process.pid)
             await self._served(host)
 
@@ -180,7 +180,7 @@ class Replica:
                         if self.status.state is not ReplicaState.STARTING:
                             limit.reschedule(None)
         except TimeoutError as error:
-            raise EngineFailed(f"the engine was not ready within {self._limit_s:.0f} s") from error
+            raise EngineFailed(f"the engine was not ready within {self._limit_s:g} s") from error
 
     @property
     def _limit_s(self) -> float:

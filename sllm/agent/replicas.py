@@ -90,6 +90,8 @@ class Replicas:
         for record in self._launcher.records.read_all():
             if not self._adopt(record):
                 self._launcher.records.remove(record.replica)
+        if not self._replicas:
+            self._launcher.records.clear()
         waiting = [asyncio.create_task(replica.reported.wait()) for replica in self._replicas.values()]
         if waiting:
             _, silent = await asyncio.wait(waiting, timeout=ADOPT_S)

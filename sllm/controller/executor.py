@@ -14,7 +14,7 @@ from sllm.controller.events import CommandEnded
 from sllm.core.ids import ReplicaId
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Intent
-from sllm.errors import SllmError
+from sllm.errors import SllmError, Unavailable
 from sllm.rpc.agents import AgentClient, StartReplicaCommand, StopReplicaCommand
 from sllm.rpc.transport import Tls
 
@@ -73,6 +73,12 @@ async def outcome(call: Awaitable[object]) -> SllmError | None:
         await call
     except SllmError as error:
         return error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise
+        # Not we were cancelled, but the call, because its client was closed.
+        return Unavailable("the connection to the agent was given up before it answered")
     except Exception:
         log.exception("a command failed")
         return SllmError("a command failed with an internal error", hint="see the controller's log")

@@ -61,17 +61,24 @@ def _of_deployment(job: Job, snapshot: Snapshot, reasons: Mapping[DeploymentName
     current = [r for r in replicas if r.spec.revision == job.revision]
     if view.failures and view.failures.given_up and not any(r.live for r in current):
         return _failed(job.operation, _start_error(view))
+    leaving = sum(not r.live for r in replicas)
+    if leaving and _has_enough(view, replicas):
+        return replace(job.operation, phase=f"waiting for {leaving} replicas to end", progress=None)
     update = waiting(name, current, reasons)
     return replace(job.operation, phase=update.phase, progress=update.progress)
 
 
 def _reached(job: Job, view: DeploymentView, replicas: list[ReplicaView]) -> bool:
-    spec = view.current.deployment.spec
-    enough = sum(r.ready and r.spec.revision == view.current.number for r in replicas) >= spec.min_replicas
     if job.operation.kind == jobs.DEPLOY:
-        return enough
+        return _has_enough(view, replicas)
     leaving = any(r.state in (ReplicaState.DRAINING, ReplicaState.STOPPING) for r in replicas)
-    return enough and not leaving and sum(r.live for r in replicas) <= spec.max_replicas
+    most = view.current.deployment.spec.max_replicas
+    return _has_enough(view, replicas) and not leaving and sum(r.live for r in replicas) <= most
+
+
+def _has_enough(view: DeploymentView, replicas: list[ReplicaView]) -> bool:
+    ready = sum(r.ready and r.spec.revision == view.current.number for r in replicas)
+    return ready >= view.current.deployment.spec.min_replicas
 
 
 def _start_error(view: DeploymentView) -> SllmError:

@@ -138,8 +138,9 @@ class ClusterState:
     def _adopt(self, node: NodeName, status: ReplicaStatus, now: float) -> ReplicaView:
         """Take over a replica that nobody here planned: a controller before this one did, or the store was lost."""
         found = ReplicaView(spec=status.spec, node=node, planned_at=now, command=Command.DONE, status=status)
-        if self._is_wanted(status):
-            return replace(found, intent=_intent_seen(status.state))
+        ending = _intent_seen(status.state)
+        if ending is not Intent.RUN or self._is_wanted(status):
+            return replace(found, intent=ending)
         intent = Intent.DRAIN if status.state is ReplicaState.READY else Intent.STOP
         return replace(found, intent=intent, command=Command.DUE)
 

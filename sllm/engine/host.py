@@ -90,7 +90,7 @@ class Host:
 
     async def attach(self, request: AttachRequest) -> AsyncIterator[HostStatus]:
         """Yield the status now and at every change. While one such stream is open, the grace does not run."""
-        if not hmac.compare_digest(request.nonce, self._launch.nonce):
+        if not hmac.compare_digest(request.nonce.encode(), self._launch.nonce.encode()):
             raise StaleGeneration(f"{self._launch.spec.id} was started with another nonce")
         self._attached += 1
         if self._grace is not None:

@@ -44,7 +44,8 @@ def become_host(launch: Launch, kind: EngineKind, *, weights_fd: int, log_fd: in
     try:
         _stand_alone(launch, log_fd)
         weights = Weights(memory=_map(weights_fd), tensors=launch.tensors)
-        _limit_memory(launch.memory_bytes)
+        if launch.device_kind == DeviceKind.CPU:
+            _limit_memory(launch.memory_bytes)
         asyncio.run(_serve(launch, kind, weights))
     except BaseException:
         log.exception("the engine host of %s ends with an error", launch.spec.id)
@@ -129,11 +130,8 @@ async def _serve(launch: Launch, kind: EngineKind, weights: Weights) -> None:
     host.start()
     log.info("engine host of %s (%s, %s) at port %s", launch.spec.id, launch.spec.deployment, kind.name, port)
     await host.finished.wait()
-    log.info("T0")
     await server.stop(_GOODBYE_S)
-    log.info("T1")
     await host.close(_CLOSE_S)
-    log.info("T2")
     log.info("engine host of %s ends", launch.spec.id)
 
 

@@ -60,8 +60,9 @@ def engine_args(launch: Launch) -> EngineArgs:
     args.distributed_executor_backend = "uni"
     args.disable_log_stats = True
     args.mm_processor_cache_gb = 0
-    # Loaded when the first request with a grammar comes: a large tokenizer takes longer than a small model.
-    args.skip_tokenizer_init = True
+    # Loaded when the first request with a grammar comes: a large tokenizer takes longer than a small model. Only a
+    # reasoning parser needs it from the start, to find its marks.
+    args.skip_tokenizer_init = "reasoning_parser" not in spec.engine_args
     if launch.device_kind == DeviceKind.CPU:
         _for_cpu(args, launch)
     elif len(launch.device_ids) > 1:

@@ -6,15 +6,18 @@ scheduler when it is ready: the scheduler would otherwise spin while it waits fo
 
 from __future__ import annotations
 
+import os
 import queue
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.core import EngineCore as VllmEngineCore
-from vllm.v1.executor import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.structured_output import StructuredOutputManager
 
 from sllm.core.launch import Launch
@@ -33,10 +36,24 @@ def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
     config = engine_config(launch)
     vllm_loader.offer(weights, hooks.progress)
     try:
-        core = VllmEngineCore(config, Executor.get_class(config), log_stats=False)
+        core = VllmEngineCore(config, _Executor, log_stats=False)
     except Exception as error:
         raise build_error(error) from error
+    finally:
+        _rendezvous().unlink(missing_ok=True)
     return VllmCore(core, hooks)
+
+
+class _Executor(UniProcExecutor):
+    """Its ranks (of which there is one) meet by a file that can be removed: vLLM's own would stay in a failed build."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        _, rank, local_rank = super()._distributed_args()
+        return f"file://{_rendezvous()}", rank, local_rank
+
+
+def _rendezvous() -> Path:
+    return Path(tempfile.gettempdir()) / f".vllm-{os.getpid()}"
 
 
 class VllmCore:
@@ -149,5 +166,5 @@ class VllmCore:
         return refused
 
     def close(self) -> None:
+        """Stop the grammar thread. vLLM's own shutdown takes a second to give back what the process' end gives back."""
         self._grammars.shutdown(wait=False, cancel_futures=True)
-        self._core.shutdown()

@@ -2,7 +2,8 @@
 
     python -m sllm.engine.warm --fd N --engine vllm|fake
 
-It speaks the protocol of `sllm.core.launch` on descriptor N and ends when the agent closes its end. It must never start
+It speaks the protocol of `sllm.core.launch` on descriptor N and ends when the agent closes its end; where its engine
+cannot be imported it says `error` instead of `ready`, with an empty nonce, and ends with status 1. It must never start
 a thread that works, start gRPC, or touch CUDA: a fork copies none of these. A host is forked twice over, so that its
 parent is gone at once and the agent (a subreaper) becomes its parent: the death of this process does not touch it.
 """
@@ -25,6 +26,7 @@ from typing import Any
 from sllm.core.launch import Launch, WarmReady
 from sllm.engine.base import EngineKind
 from sllm.engine.exits import leave
+from sllm.errors import SllmError
 
 _KINDS = {"vllm": "sllm.engine.vllm_setup", "fake": "sllm.engine.fake"}
 _PACKET_BYTES = 64 << 10
@@ -52,7 +54,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=options.fd)
     started_at = time.monotonic()
-    kind = warm_up(options.engine)
+    try:
+        kind = warm_up(options.engine)
+    except SllmError as error:
+        _send(control, {"error": error.message, "nonce": ""})
+        leave(1)
     ready = WarmReady(
         engine=kind.name,
         version=kind.version,
@@ -77,7 +83,7 @@ def warm_up(engine: str) -> EngineKind:
 def serve(control: socket.socket, kind: EngineKind) -> None:
     """Fork on each request until the agent closes its end."""
     while True:
-        packet, fds, _, _ = socket.recv_fds(control, _PACKET_BYTES, _MAX_FDS)
+        packet, fds, _, _ = socket.recv_fds(control, _PACKET_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not packet:
             return
         nonce = ""

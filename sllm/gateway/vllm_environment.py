@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # One thread: a front end computes nothing, and threads that spin take the cores from the engines beside it.
@@ -29,3 +30,7 @@ def set_up() -> None:
             os.environ.setdefault(name, value)
     for name in ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         os.environ.pop(name, None)
+    for name in ("vllm", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # That a request failed is told by the gateway, once.
+    logging.getLogger("vllm.entrypoints.generate.base.serving").setLevel(logging.CRITICAL)

@@ -55,10 +55,6 @@ def prepare() -> None:
             hint="install the version that the extra `cpu` or `gpu` names",
         )
     torch.set_num_threads(1)
-    for name in ("vllm", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # A request's failure is told by the gateway, once.
-    logging.getLogger("vllm.entrypoints.generate.base.serving").setLevel(logging.CRITICAL)
     EngineCoreClient.make_async_mp_client = staticmethod(_make_client)
     _parser()
     gc.collect()

@@ -64,9 +64,9 @@ def locate(source: str, roots: Sequence[Path]) -> Path:
         raise InvalidArgument(
             f"source {source} is outside the folders that this node may read from", hint="see [sources] roots"
         )
-    if not real.exists():
+    if not os.path.exists(real):  # Path.exists raises where the way there is closed to us
         raise NotFound(f"source {source} is not there", hint="the node reads it: is it on the node's disk?")
-    if not real.is_dir():
+    if not os.path.isdir(real):
         raise InvalidArgument(f"source {source} is not a folder", hint="name the Hugging Face folder, not a file in it")
     return real
 
@@ -138,6 +138,8 @@ def _files(folder: Path) -> dict[str, SourceFile]:
 
 
 def _file(folder: Path, name: str) -> SourceFile | None:
+    if not name.isprintable():
+        raise InvalidCheckpoint(f"{folder} has a file with an unprintable name: {name!r}")
     real = Path(os.path.realpath(folder / name))
     if not real.is_relative_to(folder):
         raise InvalidCheckpoint(

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,12 +29,17 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SsdStore:
-    """All checkpoints of one node. `limit_bytes` 0: all of the disk. One writer at a time, any number of readers."""
+    """All checkpoints of one node. `limit_bytes` 0: all of the disk.
+
+    One `add` at a time; everything else may run beside it.
+    """
 
     def __init__(self, root: Path, limit_bytes: int = 0) -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.root = root.resolve()
         self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        # Replaced, never changed in place: readers in other threads take no lock.
         self._manifests = dict(self._scan())
 
     def manifests(self) -> tuple[Manifest, ...]:
@@ -83,8 +89,8 @@ class SsdStore:
             raise _write_error(error, name) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        # Replaced, never changed in place: readers are in other threads.
-        self._manifests = {**self._manifests, name: manifest}
+        with self._lock:
+            self._manifests = {**self._manifests, name: manifest}
         return manifest
 
     def remove(self, name: CheckpointName) -> None:
@@ -92,7 +98,8 @@ class SsdStore:
         self.named(name)
         work = self.root / f"{_TMP}{secrets.token_hex(6)}"
         os.rename(self.root / name, work)
-        self._manifests = {other: manifest for other, manifest in self._manifests.items() if other != name}
+        with self._lock:
+            self._manifests = {other: manifest for other, manifest in self._manifests.items() if other != name}
         flush_folder(self.root)
         shutil.rmtree(work, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from sllm.errors import SllmError, Unavailable
+from sllm.errors import Conflict, SllmError
 from sllm.rpc.convert import from_proto, to_proto
 from sllm.rpc.errors import from_rpc_error, status_of, trailer_of
 
@@ -100,7 +100,7 @@ class Service(Protocol):
 
 
 async def serve(services: list[Service], address: str, tls: Tls | None) -> tuple[grpc.aio.Server, int]:
-    """Start a server at `HOST:PORT` (port 0: any) and return it with its port. Raises Unavailable if it is taken."""
+    """Start a server at `HOST:PORT` (port 0: any) and return it with its port. Raises Conflict if it is taken."""
     server = grpc.aio.server(options=_KEEPALIVE + _SERVER_ONLY)
     for service in services:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, service.handlers),))
@@ -118,7 +118,7 @@ def _bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
         )
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as error:
-        raise Unavailable(
+        raise Conflict(
             f"cannot listen on {address}: the port is taken or the address is not of this machine",
             hint="choose another port; 0 picks a free one",
         ) from error

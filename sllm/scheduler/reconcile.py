@@ -138,7 +138,8 @@ class _Planner:
         for replica in replicas:
             if replica.live:
                 self._end(replica, "the deployment is deleted")
-        if not replicas:
+        # While nodes may yet report what they run, none is no proof that none is left.
+        if not replicas and self._snapshot.settled:
             self._actions.append(RemoveDeployment(deployment=view.name))
 
     def _retire_outdated(
@@ -175,9 +176,9 @@ class _Planner:
         if self._now < replica.retry_at:
             self._wakes.append(replica.retry_at)
         elif replica.intent is Intent.DRAIN:
-            self._actions.append(DrainReplica(replica=replica.spec.id, why="asked again"))
+            self._actions.append(DrainReplica(replica=replica.spec.id, why="its end is decided"))
         else:
-            self._stop(replica, "asked again")
+            self._stop(replica, "its end is decided")
 
 
 def _idlest_first(snapshot: Snapshot, replicas: Sequence[ReplicaView]) -> list[ReplicaView]:

@@ -249,11 +249,11 @@ class AgentInTest:
         path.write_text("\n".join(lines))
         return path
 
-    async def start(self) -> NodeReport:
+    async def start(self, within_s: float = 30.0) -> NodeReport:
         """Start it and return its first report once its warm process is ready."""
         before = len(self.controller.reports)
         await self.spawn()
-        report = await self.controller.until(lambda r: len(self.controller.reports) > before and r.warm)
+        report = await self.controller.until(lambda r: len(self.controller.reports) > before and r.warm, within_s)
         if self.client is not None:
             await self.client.close()
         self.client = AgentClient(report.address, None, peer="agent")

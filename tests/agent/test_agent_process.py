@@ -127,6 +127,21 @@ async def test_a_restarted_agent_finds_its_engine_hosts_again(
     assert start_ticks(before.pid) is None
 
 
+async def test_a_found_host_that_does_not_answer_is_ended(
+    make_agent: Callable[..., Any], make_spec: Callable[..., Any], model: Path
+) -> None:
+    agent = make_agent(grace_s=60.0)
+    await agent.start()
+    await agent.start_replica(make_spec((await agent.add(model)).digest, devices=CPU))
+    status = await agent.replica_in("ready")
+    os.kill(status.pid, signal.SIGSTOP)
+    await agent.kill()
+    await agent.start()
+    report = await agent.controller.until(lambda r: not r.replicas)
+    assert device_states(report) == [DeviceState.FREE]
+    assert start_ticks(status.pid) is None
+
+
 async def test_hosts_of_an_agent_that_does_not_come_back_end_after_the_grace(
     make_agent: Callable[..., Any],
     make_spec: Callable[..., Any],

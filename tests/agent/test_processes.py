@@ -44,29 +44,35 @@ def test_how_a_process_ended_is_said() -> None:
         os.close(pidfd)
 
 
-async def test_a_host_is_ended_with_its_whole_group(process_end: Callable[[int], Awaitable[None]]) -> None:
+def leader_and_member() -> tuple[int, int]:
+    """Start a process that leads a group of two."""
     code = f"import subprocess, time; print(subprocess.Popen({list(SLEEP)!r}).pid, flush=True); time.sleep(60)"
     leader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert leader.stdout is not None
     member = int(leader.stdout.readline())
     leader.stdout.close()
-    host = ForkedHost.open(leader.pid)
+    leader.returncode = 0  # it will be reaped by others
+    return leader.pid, member
+
+
+async def test_a_host_is_ended_with_its_whole_group(process_end: Callable[[int], Awaitable[None]]) -> None:
+    leader, member = leader_and_member()
+    host = ForkedHost.open(leader)
     assert host is not None
-    os.kill(leader.pid, signal.SIGTERM)  # only the leader
+    os.kill(leader, signal.SIGTERM)  # only the leader
     assert await host.ended() == "signal 15"
     await process_end(member)
     host.signal(signal.SIGKILL)  # it is gone: no error, and nobody else is hit
-    leader.returncode = 0  # reaped by the host
 
 
 async def test_a_host_can_be_left_alone() -> None:
-    process = subprocess.Popen(SLEEP)
+    process = await asyncio.create_subprocess_exec(*SLEEP)
     host = ForkedHost.open(process.pid)
     assert host is not None
     host.close()
-    assert process.poll() is None
+    assert start_ticks(process.pid) is not None
     process.kill()
-    process.wait()
+    await process.wait()
 
 
 async def test_a_tethered_command_ends_with_its_parent(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
-from sllm.errors import Conflict, NotFound, SllmError, StaleGeneration
+from sllm.errors import Conflict, NotFound, SllmError, StaleGeneration, Unavailable
 from sllm.rpc import agents
 from sllm.rpc.agents import (
     AddCheckpointCommand,
@@ -159,9 +159,13 @@ class FakeAgent:
         """Report at once, as an agent does, unless the test holds the report back (`tell`)."""
         self.revision += 1
         if self.tell and not self.silent:
-            task = asyncio.create_task(self.beat(full=True))
+            task = asyncio.create_task(self._tell())
             self._reports.add(task)
             task.add_done_callback(self._reports.discard)
+
+    async def _tell(self) -> None:
+        with suppress(Unavailable):  # a controller that is away is told when the agent joins again
+            await self.beat(full=True)
 
     def progress(self, replica: str, **fields: Any) -> None:
         self.replicas[replica] = replace(self.replicas[replica], **fields)

@@ -122,6 +122,11 @@ def test_an_unknown_replica_that_only_starts_is_stopped(state):
     assert adopted.intent is Intent.STOP
 
 
+def test_an_unknown_replica_that_is_drained_already_is_left_to_finish(state):
+    (adopted,) = state.observe(report(status(DRAINING, spec=spec(revision=2))), now=1.0, wall=1.0).adopted
+    assert (adopted.intent, adopted.command) == (Intent.DRAIN, Command.DONE)
+
+
 def test_a_replica_that_its_node_drains_is_not_wanted_to_run(state):
     state.put(planned())
     state.observe(report(status(DRAINING)), now=1.0, wall=1.0)

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ GRACE_S = 5.0  # of `sllm dev`
 class Cluster:
     """`sllm dev` in a folder of its own. Its processes are found by the SLLM_HOME that they all inherit."""
 
-    def __init__(self, folder: Path, *, engine: str, nodes: int) -> None:
+    def __init__(self, folder: Path, *, engine: str, nodes: int, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.home = folder / "home"
         self.home.mkdir(mode=0o700)
         self.state = folder / "state"
-        self.environment = {**os.environ, "SLLM_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}
+        self.environment = {**os.environ, "SLLM_HOME": str(self.home), "PYTHONUNBUFFERED": "1", **(environment or {})}
         command = [SLLM, "dev", "--engine", engine, "--nodes", str(nodes), "--gateway-port", "0"]
         command += ["--controller-port", "0", "--state", str(self.state)]
         self.stderr = folder / "dev.stderr"
@@ -72,8 +72,9 @@ class Cluster:
         """Watch from outside, as a user would, until something holds."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
-            if found := true():
-                return found
+            with suppress(AssertionError):  # a command may fail while what it asks is being restarted
+                if found := true():
+                    return found
             time.sleep(0.1)
         raise AssertionError(f"not within {timeout_s} s: {what}\n{self.cli('status').stdout}")
 
@@ -103,10 +104,16 @@ class Cluster:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(60)
-        if self.process.stdout:
-            self.process.stdout.close()
-        return code
+        return self.ended()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.ended()
+
+    def ended(self) -> int:
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return self.process.wait(60)
 
 
 def _role_of(process: psutil.Process) -> str:
@@ -137,8 +144,10 @@ def gone(home: Path, timeout_s: float) -> list[psutil.Process]:
 
 
 @contextmanager
-def running(folder: Path, *, engine: str, nodes: int = 2) -> Iterator[Cluster]:
-    cluster = Cluster(folder, engine=engine, nodes=nodes)
+def running(
+    folder: Path, *, engine: str, nodes: int = 2, environment: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
+    cluster = Cluster(folder, engine=engine, nodes=nodes, environment=environment)
     try:
         yield cluster
     finally:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from e2e.cluster import DEMO_MODEL, Cluster, running
 
+# The fake engine on a clock: slow enough that a fault meets a stream in the middle.
+PACE = {"SLLM_FAKE_TOKEN_S": "0.01"}
+
 
 @pytest.fixture(scope="module")
 def vllm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -20,14 +23,14 @@ def vllm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def fake_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes with the fake engine, for faults: real processes, real wire, no model behind."""
-    with running(tmp_path_factory.mktemp("fake"), engine="fake") as cluster:
+    with running(tmp_path_factory.mktemp("fake"), engine="fake", environment=PACE) as cluster:
         cluster.cli("checkpoint", "add", "demo", str(DEMO_MODEL), "--all")
         yield cluster
 
 
 @pytest.fixture
-def own_fake_cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A cluster for one test only, which may break it."""
-    with running(tmp_path, engine="fake") as cluster:
+def slow_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """An engine of it takes longer to load than any test lasts."""
+    with running(tmp_path, engine="fake", environment={"SLLM_FAKE_LOAD_S": "600"}) as cluster:
         cluster.cli("checkpoint", "add", "demo", str(DEMO_MODEL), "--all")
         yield cluster

@@ -100,23 +100,41 @@ def test_a_redeploy_under_load_fails_no_request(cluster: Cluster) -> None:
         assert all(future.result() > 0 for future in asked)
 
 
-def test_a_deployment_deleted_while_it_loads_fails_its_held_request_clearly(own_fake_cluster: Cluster) -> None:
-    cluster = own_fake_cluster
-    for node in ("node-1", "node-2"):  # no node can start anything: the request stays held
-        os.kill(cluster.role(node).pid, signal.SIGSTOP)
-    try:
-        cluster.cli("deploy", "late", "--checkpoint", "demo")
-        with ThreadPoolExecutor(1) as pool:
-            held = pool.submit(lambda: cluster.client().completions.create(model="late", prompt="x"))
-            cluster.until(lambda: cluster.json("requests"), "held")
-            cluster.cli("delete", "late", "--no-wait")
-            with pytest.raises(openai.APIStatusError) as caught:
-                held.result(timeout=30)
-        assert caught.value.status_code in (404, 503)
-        assert "late" in caught.value.message
-    finally:
-        for node in ("node-1", "node-2"):
-            os.kill(cluster.role(node).pid, signal.SIGCONT)
+def test_a_deployment_deleted_while_it_loads_fails_its_held_request_clearly(slow_cluster: Cluster) -> None:
+    cluster = slow_cluster
+    cluster.cli("deploy", "late", "--checkpoint", "demo")
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(lambda: cluster.client().completions.create(model="late", prompt="x"))
+        cluster.until(lambda: cluster.replicas("late", "starting"), "loading")
+        assert cluster.json("requests")[0]["state"] == "held"
+        cluster.cli("delete", "late")
+        with pytest.raises(openai.APIStatusError) as caught:
+            held.result(timeout=30)
+    assert caught.value.status_code == 404
+    assert "late" in caught.value.message
+    status = cluster.json("status")
+    assert (status["deployments"], status["replicas"]) == ([], [])
+    assert all(d["state"] == "free" for node in status["nodes"] for d in node["devices"])
+
+
+def test_an_engine_that_dies_while_loading_is_retried_but_not_for_ever(slow_cluster: Cluster) -> None:
+    cluster = slow_cluster
+    cluster.cli("deploy", "doomed", "--checkpoint", "demo")
+    killed: set[int] = set()
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(lambda: cluster.client().completions.create(model="doomed", prompt="x"))
+        while not held.done():
+            for replica in cluster.replicas("doomed", "starting"):
+                if replica["pid"] and replica["pid"] not in killed:
+                    killed.add(replica["pid"])
+                    os.kill(replica["pid"], signal.SIGKILL)
+        with pytest.raises(openai.APIStatusError) as caught:
+            held.result()
+    assert len(killed) == 3
+    assert caught.value.status_code == 503
+    assert "signal 9" in caught.value.message
+    assert cluster.deployment("doomed")["state"] == "failed"
+    assert "signal 9" in cluster.deployment("doomed")["reason"]
 
 
 def test_an_idle_deployment_goes_to_zero_after_its_keep_alive(cluster: Cluster) -> None:
@@ -133,8 +151,7 @@ def test_nothing_outlives_a_killed_dev_beyond_the_grace(tmp_path: Path) -> None:
     cluster.cli("checkpoint", "add", "demo", "examples/demo-model", "--all")
     cluster.cli("deploy", "chat", "--checkpoint", "demo", "--min", "2", "--max", "2")
     assert len(cluster.replicas("chat", "ready")) == 2
-    cluster.process.kill()
-    cluster.process.wait()
+    cluster.kill()
     assert gone(cluster.home, GRACE_S + 10) == []
 
 

@@ -195,6 +195,20 @@ def collect() -> Callable[..., Any]:
     return read
 
 
+@pytest.fixture(scope="session")
+def settled() -> Callable[..., Any]:
+    """Return a coroutine function that attaches until a host is ready or has failed."""
+
+    async def wait(client: EngineClient, nonce: str) -> HostStatus:
+        async with aclosing(client.attach(AttachRequest(nonce=nonce))) as statuses:
+            async for status in statuses:
+                if status.state is not ReplicaState.STARTING:
+                    return status
+        raise AssertionError("the host ended")
+
+    return wait
+
+
 # --- a warm process ------------------------------------------------------------------------
 
 
@@ -336,11 +350,26 @@ def read_safetensors() -> Callable[[Path], tuple[tuple[TensorEntry, ...], bytes]
 # --- vLLM ----------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """vLLM sets variables, LD_PRELOAD among them, that later children of this process must not inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    with _same_environment():
+        yield
+
+
 @pytest.fixture(scope="session")
 def vllm() -> SimpleNamespace:
     """Import vLLM and our modules that need it into this process; warnings of theirs are not ours."""
     pytest.importorskip("vllm")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _same_environment():
         warnings.simplefilter("ignore")
         import torch  # noqa: F401
         from vllm import sampling_params
@@ -366,7 +395,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in float32 with a tokenizer of single bytes."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("tiny-llama")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _same_environment():
         warnings.simplefilter("ignore")
         import torch
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers

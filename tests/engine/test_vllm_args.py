@@ -47,6 +47,12 @@ def test_arguments_of_the_front_end_are_left_to_it(vllm: SimpleNamespace, launch
     vllm.args.engine_args(launch(engine_args={"tool_call_parser": "hermes"}))
 
 
+def test_a_tokenizer_is_loaded_ahead_only_for_a_reasoning_parser(vllm: SimpleNamespace, launch: Make) -> None:
+    assert vllm.args.engine_config(launch()).model_config.skip_tokenizer_init
+    reasons = vllm.args.engine_config(launch(engine_args={"reasoning_parser": "qwen3"}))
+    assert not reasons.model_config.skip_tokenizer_init
+
+
 @pytest.mark.parametrize(
     "given", [{"dtype": "float99"}, {"block_size": "many"}, {"enable_chunked_prefill": "true"}, {"hf_overrides": "{"}]
 )

@@ -21,7 +21,7 @@ from sllm.core.replica import ReplicaState
 from sllm.core.tokens import AbortRequests, FinishReason, OpenStream, TokenOutput, TokenRequest
 from sllm.engine.process import start_ticks
 from sllm.errors import InvalidArgument
-from sllm.rpc.engine import AttachRequest, EngineClient, HostStatus, StopRequest, TokenStream
+from sllm.rpc.engine import EngineClient, HostStatus, StopRequest, TokenStream
 
 pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
 
@@ -56,7 +56,7 @@ def warm_vllm(start_warm: Make) -> Any:
 
 @pytest.fixture
 async def fork(
-    warm_vllm: Any, make_launch: Make, tiny_llama: Path, read_safetensors: Make
+    warm_vllm: Any, make_launch: Make, tiny_llama: Path, read_safetensors: Make, settled: Make
 ) -> AsyncIterator[Callable[..., Any]]:
     """Return a coroutine function that forks a host and waits until it is ready or has failed."""
     running: list[Running] = []
@@ -67,7 +67,7 @@ async def fork(
         launch = make_launch(**changes)
         record = await warm_vllm.fork(launch, memory)
         client = EngineClient(record.address, None, peer="engine host")
-        status = await _settled(client, launch.nonce)
+        status = await settled(client, launch.nonce)
         opening = OpenStream(protocol_version=1, gateway="g", generation=launch.spec.generation)
         running.append(Running(client, client.open_stream(opening), launch, record.pid, status))
         return running[-1]
@@ -79,14 +79,6 @@ async def fork(
         if host.pid in warm_vllm.pids:
             os.kill(host.pid, signal.SIGTERM)
             assert await warm_vllm.exited(host.pid) == 0
-
-
-async def _settled(client: EngineClient, nonce: str) -> HostStatus:
-    async with aclosing(client.attach(AttachRequest(nonce=nonce))) as statuses:
-        async for status in statuses:
-            if status.state is not ReplicaState.STARTING:
-                return status
-    raise AssertionError("the host ended")
 
 
 def tokens(outputs: list[TokenOutput]) -> list[int]:
@@ -250,12 +242,13 @@ async def test_an_aborted_request_leaves_room_for_the_next(vllm: SimpleNamespace
     ids=["argument", "context", "kv-cache", "lease"],
 )
 async def test_a_build_that_cannot_work_is_told_with_its_reason(
-    fork: Make, changes: dict[str, Any], reason: str, words: str
+    fork: Make, tmp_path: Path, changes: dict[str, Any], reason: str, words: str
 ) -> None:
     host = await fork(**changes)
     assert (host.status.state, host.status.error_reason) == (ReplicaState.FAILED, reason), host.status.error
     assert words in host.status.error
     assert "\n" not in host.status.error
+    assert [path.name for path in tmp_path.iterdir()] == [f"{host.launch.spec.id}.json"]
 
 
 async def test_a_missing_tensor_is_found(fork: Make, tiny_llama: Path, read_safetensors: Make) -> None:
@@ -277,8 +270,8 @@ async def test_hosts_are_independent_of_each_other_and_leave_nothing_behind(
     await two.stream.close()
     await two.client.stop(StopRequest())
     assert await warm_vllm.exited(two.pid) == 0
-    mine = {path.name for path in tmp_path.iterdir() if not path.name.startswith("vllm_dist_")}
-    assert mine <= {"rep-00000000000001.json", "rep-00000000000002.json"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"rep-00000000000001.json", "rep-00000000000002.json"}
 
 
 async def test_it_listens_on_loopback_only(fork: Make) -> None:

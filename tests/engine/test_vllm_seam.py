@@ -42,8 +42,7 @@ NAMES = [
     ("vllm.v1.engine.core", "EngineCore.add_request"),
     ("vllm.v1.engine.core", "EngineCore.abort_requests"),
     ("vllm.v1.engine.core", "EngineCore.post_step"),
-    ("vllm.v1.engine.core", "EngineCore.shutdown"),
-    ("vllm.v1.executor", "Executor.get_class"),
+    ("vllm.v1.executor.uniproc_executor", "UniProcExecutor._distributed_args"),
     ("vllm.v1.structured_output", "StructuredOutputManager.grammar_init"),
     ("vllm.v1.structured_output.request", "StructuredOutputRequest.grammar"),
 ]
@@ -61,6 +60,8 @@ def test_names_set_at_run_time_are_still_set_there(vllm: SimpleNamespace) -> Non
     core = inspect.getsource(importlib.import_module("vllm.v1.engine.core").EngineCore.__init__)
     for name in ("self.step_fn", "self.structured_output_manager", "self.scheduler", "self.vllm_config"):
         assert f"{name} = " in core or f"{name}: " in core, name
+    executor = importlib.import_module("vllm.v1.executor.uniproc_executor").UniProcExecutor
+    assert "self._distributed_args()" in inspect.getsource(executor._init_executor)
     manager = inspect.getsource(importlib.import_module("vllm.v1.structured_output").StructuredOutputManager)
     assert "self._use_async_grammar_compilation = " in manager
     assert "skip_tokenizer_init" in manager

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,11 @@ from sllm.core.replica import ReplicaState
 from sllm.core.tokens import OpenStream
 from sllm.engine.process import start_ticks
 from sllm.errors import StaleGeneration
-from sllm.rpc.engine import AttachRequest, EngineClient, HostStatus, StopRequest
+from sllm.rpc.engine import EngineClient, StopRequest
 
 pytestmark = pytest.mark.e2e
 
 Make = Callable[..., Any]
-
-
-async def until_ready(client: EngineClient, nonce: str) -> HostStatus:
-    async with aclosing(client.attach(AttachRequest(nonce=nonce))) as statuses:
-        async for status in statuses:
-            if status.state is not ReplicaState.STARTING:
-                return status
-    raise AssertionError("the host ended")
 
 
 def stat(pid: int) -> list[str]:
@@ -55,12 +48,12 @@ async def test_a_host_has_its_own_session_and_the_agent_as_parent(warm: Make, ma
 
 
 async def test_a_host_serves_and_stops_when_told_to(
-    warm: Make, make_launch: Make, request_of: Make, collect: Make
+    warm: Make, make_launch: Make, request_of: Make, collect: Make, settled: Make
 ) -> None:
     process, launch = warm(), make_launch()
     record = await process.fork(launch)
     client = EngineClient(record.address, None, peer="engine host")
-    assert (await until_ready(client, launch.nonce)).state is ReplicaState.READY
+    assert (await settled(client, launch.nonce)).state is ReplicaState.READY
     stream = client.open_stream(OpenStream(protocol_version=1, gateway="g", generation=launch.spec.generation))
     stream.send(request_of(1, [5, 6], max_tokens=4))
     assert len((await collect(stream, 1))[1]) == 4
@@ -70,16 +63,27 @@ async def test_a_host_serves_and_stops_when_told_to(
     await client.close()
 
 
-async def test_hosts_outlive_the_warm_process(warm: Make, make_launch: Make) -> None:
+async def test_hosts_outlive_the_warm_process(warm: Make, make_launch: Make, settled: Make) -> None:
     process, launch = warm(), make_launch()
     record = await process.fork(launch)
     process.process.send_signal(signal.SIGKILL)
     process.process.wait()
     client = EngineClient(record.address, None, peer="engine host")
-    assert (await until_ready(client, launch.nonce)).state is ReplicaState.READY
+    assert (await settled(client, launch.nonce)).state is ReplicaState.READY
     await client.close()
     os.kill(record.pid, signal.SIGTERM)
     assert await process.exited(record.pid) == 0
+
+
+def test_an_engine_that_cannot_be_imported_is_told_in_one_line(warm: Make, subreaper: None) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    hidden = "import sys; sys.modules['vllm.version'] = None; from sllm.engine.warm import main; main()"
+    command = [sys.executable, "-c", hidden, "--fd", str(theirs.fileno()), "--engine", "vllm"]
+    with ours, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+        answer = json.loads(ours.recv(1 << 16))
+        assert process.wait(60) == 1
+    assert answer["nonce"] == ""
+    assert "not installed" in answer["error"]
 
 
 async def test_it_ends_when_the_agent_closes_its_end(warm: Make) -> None:
@@ -88,13 +92,13 @@ async def test_it_ends_when_the_agent_closes_its_end(warm: Make) -> None:
     assert process.process.wait(10) == 0
 
 
-async def test_an_interrupt_at_the_terminal_does_not_end_it(warm: Make, make_launch: Make) -> None:
+async def test_an_interrupt_at_the_terminal_does_not_end_it(warm: Make, make_launch: Make, settled: Make) -> None:
     process, launch = warm(), make_launch()
     process.process.send_signal(signal.SIGINT)
     record = await process.fork(launch)
     os.kill(record.pid, signal.SIGINT)
     client = EngineClient(record.address, None, peer="engine host")
-    assert (await until_ready(client, launch.nonce)).state is ReplicaState.READY
+    assert (await settled(client, launch.nonce)).state is ReplicaState.READY
     await client.close()
 
 
@@ -104,12 +108,12 @@ async def test_a_host_without_an_agent_ends_after_the_grace(warm: Make, make_lau
     assert await process.exited(record.pid) == 0
 
 
-async def test_only_who_knows_the_nonce_may_attach(warm: Make, make_launch: Make) -> None:
+async def test_only_who_knows_the_nonce_may_attach(warm: Make, make_launch: Make, settled: Make) -> None:
     process = warm()
     record = await process.fork(make_launch())
     client = EngineClient(record.address, None, peer="engine host")
     with pytest.raises(StaleGeneration):
-        await until_ready(client, "guess")
+        await settled(client, "guess")
     await client.close()
 
 
@@ -123,11 +127,11 @@ async def test_it_forks_several_and_goes_on_after_a_request_it_cannot_understand
     assert len({record.address for record in records}) == 3
 
 
-async def test_a_build_that_fails_is_told_to_the_agent(warm: Make, make_launch: Make) -> None:
+async def test_a_build_that_fails_is_told_to_the_agent(warm: Make, make_launch: Make, settled: Make) -> None:
     process, launch = warm(SLLM_FAKE_BUILD_ERROR="no luck"), make_launch()
     record = await process.fork(launch)
     client = EngineClient(record.address, None, peer="engine host")
-    status = await until_ready(client, launch.nonce)
+    status = await settled(client, launch.nonce)
     assert (status.state, status.error, status.error_reason) == (ReplicaState.FAILED, "no luck", "ENGINE_FAILED")
     await client.close()
 

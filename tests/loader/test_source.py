@@ -171,6 +171,13 @@ def test_refuses_what_is_not_a_regular_file_without_hanging(model: Path) -> None
         examine(model)
 
 
+@pytest.mark.parametrize("name", [b"new\nline.json", b"\xff.json"])
+def test_refuses_a_name_that_cannot_be_shown(model: Path, name: bytes) -> None:
+    (model / os.fsdecode(name)).touch()
+    with pytest.raises(InvalidCheckpoint, match="unprintable"):
+        examine(model)
+
+
 def test_refuses_a_large_file_that_is_no_weight(model: Path) -> None:
     with open(model / "huge.json", "wb") as file:
         file.truncate(MAX_EXECUTION_FILE_BYTES + 1)

@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from sllm.core.ids import DeploymentName, RequestId
 from sllm.core.route import RouteTable
-from sllm.errors import DeadlineExceeded, NotFound, QueueFull, SllmError, Unavailable
+from sllm.errors import Conflict, DeadlineExceeded, NotFound, QueueFull, SllmError, Unavailable
 from sllm.rpc import routes
 from sllm.rpc.control import Empty
 from sllm.rpc.routes import AcquireRequest, AcquireUpdate, ReportLoadRequest, RouteClient, WatchRoutesRequest
@@ -120,7 +120,7 @@ async def test_a_silent_peer_costs_no_more_than_the_deadline(service: tuple[Rout
 
 async def test_a_taken_port_is_refused(service: tuple[Routes, RouteClient]) -> None:
     _, client = service
-    with pytest.raises(Unavailable, match="port is taken"):
+    with pytest.raises(Conflict, match="port is taken"):
         await serve([], client.address, None)
 
 
