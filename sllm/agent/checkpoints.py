@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ class _Adding:
 
 
 class Checkpoints:
-    """`architectures` says what the engine serves (empty: not known); `using` which replicas need a checkpoint."""
+    """`architectures` waits for what the engine serves (empty: anything); `using` says which replicas need a digest."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Checkpoints:
         weights: Weights,
         roots: Sequence[Path],
         *,
-        architectures: Callable[[], tuple[str, ...]],
+        architectures: Callable[[], Awaitable[tuple[str, ...]]],
         using: Callable[[str], tuple[ReplicaId, ...]],
         on_change: Callable[[], None],
     ) -> None:
@@ -117,10 +117,10 @@ class Checkpoints:
             adding.done_bytes, adding.total_bytes = done_bytes, total_bytes
             adding.changes.notify()
 
-        def work(cancel: Event) -> Manifest:
-            source = examine(locate(adding.source, self._roots))
-            self._check_architecture(source)
+        def look(_: Event) -> Source:
+            return examine(locate(adding.source, self._roots), self._roots)
 
+        def copy(cancel: Event) -> Manifest:
             def progress(done_bytes: int) -> None:
                 loop.call_soon_threadsafe(show, done_bytes, source.total_bytes)
 
@@ -128,16 +128,20 @@ class Checkpoints:
             return self._store.add(name, source, adding.source, now=time.time(), progress=watched)
 
         async with self._turn:
-            manifest = await run_cancellable(self._writer, work)
+            source = await run_cancellable(self._writer, look)
+            check_architecture(source, await self._architectures())
+            manifest = await run_cancellable(self._writer, copy)
         log.info(
             "checkpoint %s is here: %d bytes, %s", name, manifest.checkpoint.size_bytes, manifest.checkpoint.digest
         )
         return manifest
 
-    def _check_architecture(self, source: Source) -> None:
-        known, wanted = self._architectures(), source.facts.architecture
-        if known and wanted not in known:
-            raise UnsupportedCheckpoint(
-                f"the engine of this node does not know the architecture {wanted!r}",
-                hint="see the list of supported models of the installed vLLM",
-            )
+
+def check_architecture(source: Source, known: tuple[str, ...]) -> None:
+    """Raises UnsupportedCheckpoint."""
+    wanted = source.facts.architecture
+    if known and wanted not in known:
+        raise UnsupportedCheckpoint(
+            f"the engine of this node does not know the architecture {wanted!r}",
+            hint="see the list of supported models of the installed vLLM",
+        )

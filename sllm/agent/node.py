@@ -20,6 +20,7 @@ from sllm.config import AgentConfig, StoreConfig
 from sllm.core.ids import NodeName
 from sllm.core.node import NodeReport
 from sllm.core.residency import Tier, TierUsage
+from sllm.errors import EngineFailed
 from sllm.loader.memory.pool import Pool
 from sllm.loader.store import SsdStore
 from sllm.rpc.transport import Tls
@@ -55,12 +56,18 @@ class LocalNode:
             self.store,
             self.weights,
             config.sources.roots,
-            architectures=lambda: self.warm.about.architectures if self.warm.about else (),
+            architectures=self._architectures,
             using=self.replicas.using,
             on_change=self.changes.notify,
         )
         self._incarnation = secrets.token_hex(8)
         self._devices_seen = self.devices.probe()
+
+    async def _architectures(self) -> tuple[str, ...]:
+        try:
+            return (await self.warm.ready()).architectures
+        except EngineFailed:
+            return ()  # not known: a start will tell
 
     def report(self, address: str) -> NodeReport:
         """Return the node as it is now."""

@@ -1,7 +1,7 @@
 """Looks at a folder of safetensors and says what it holds, or why it is refused. Reads; writes nothing.
 
-The folder is distrusted: symlinks may not lead out of it, only regular files are opened, and weights are safetensors
-or nothing, because unpickling runs whatever code the file holds.
+The folder is distrusted: symlinks may not lead out of it (a snapshot in a Hugging Face cache may use its blobs), only
+regular files are opened, and weights are safetensors or nothing, because unpickling runs whatever code the file holds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def locate(source: str, roots: Sequence[Path]) -> Path:
     if not path.is_absolute() or "\0" in source:
         raise InvalidArgument(f"source {source!r} is not an absolute path", hint="the node reads it, not this shell")
     real = Path(os.path.realpath(path))
-    if not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
+    if not _within(real, roots):
         raise InvalidArgument(
             f"source {source} is outside the folders that this node may read from", hint="see [sources] roots"
         )
@@ -71,9 +71,23 @@ def locate(source: str, roots: Sequence[Path]) -> Path:
     return real
 
 
-def examine(folder: Path) -> Source:
+def _within(real: Path, roots: Sequence[Path]) -> bool:
+    return any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+
+
+def _boundary(folder: Path, roots: Sequence[Path]) -> Path:
+    """Return what links must stay in: the folder, or its whole repository where it is a snapshot in a cache.
+
+    A Hugging Face cache is `REPOSITORY/snapshots/REVISION/FILE -> ../../blobs/HASH`.
+    """
+    repository = folder.parent.parent
+    in_cache = folder.parent.name == "snapshots" and os.path.isdir(repository / "blobs")
+    return repository if in_cache and _within(repository, roots) else folder
+
+
+def examine(folder: Path, roots: Sequence[Path] = ()) -> Source:
     """Check a folder completely, all but the tensors' values. Raises InvalidCheckpoint, UnsupportedCheckpoint."""
-    files = _files(folder)
+    files = _files(folder, _boundary(folder, roots))
     if CONFIG not in files:
         raise InvalidCheckpoint(f"{folder} has no {CONFIG}", hint="is this a Hugging Face model folder?")
     facts = model_facts(read_small(files[CONFIG]))
@@ -122,7 +136,7 @@ def _check_small(file: SourceFile) -> None:
         )
 
 
-def _files(folder: Path) -> dict[str, SourceFile]:
+def _files(folder: Path, boundary: Path) -> dict[str, SourceFile]:
     """Return the folder's regular files that a checkpoint may need. Folders in it are left out, as are hidden files."""
     try:
         with os.scandir(folder) as entries:
@@ -132,16 +146,16 @@ def _files(folder: Path) -> dict[str, SourceFile]:
     found = {}
     for name in names:
         wanted = not name.startswith(".") and name != MANIFEST and Path(name).suffix.lower() not in _LEFT_OUT
-        if wanted and (file := _file(folder, name)):
+        if wanted and (file := _file(folder, name, boundary)):
             found[name] = file
     return found
 
 
-def _file(folder: Path, name: str) -> SourceFile | None:
+def _file(folder: Path, name: str, boundary: Path) -> SourceFile | None:
     if not name.isprintable():
         raise InvalidCheckpoint(f"{folder} has a file with an unprintable name: {name!r}")
     real = Path(os.path.realpath(folder / name))
-    if not real.is_relative_to(folder):
+    if not real.is_relative_to(boundary):
         raise InvalidCheckpoint(
             f"{name} is a link that leads out of {folder}", hint="make a copy without links: cp -rL SOURCE COPY"
         )

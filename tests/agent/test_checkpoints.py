@@ -77,7 +77,7 @@ async def test_an_architecture_that_the_engine_lacks_is_refused_before_copying(
     node.warm.about = replace(node.warm.about, architectures=("QwenForCausalLM",))
     with pytest.raises(UnsupportedCheckpoint, match="LlamaForCausalLM"):
         await node.add(model)
-    node.warm.about = None  # not known yet: the engine will tell
+    node.warm.about = None  # it could not say: a start will tell
     await node.add(model)
 
 

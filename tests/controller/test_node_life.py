@@ -305,6 +305,18 @@ async def test_a_controller_that_was_replaced_writes_nothing_more(tools):
                 await old.deploy()
 
 
+async def test_a_controller_that_cannot_store_what_it_decides_ends(tools):
+    store = MemoryStore()
+    async with tools.opened(store) as old:
+        agent = await old.add("a")
+        await old.done(await old.deploy())
+        async with tools.opened(store):
+            with pytest.raises(Unavailable):
+                await old.gateway.acquire()
+            assert isinstance(old.controller.writing.exception(), Conflict)
+            assert agent.starts() == []
+
+
 async def test_held_requests_are_told_that_the_controller_stops(store, tools):
     async with tools.opened(store) as bench:
         agent = await bench.add("a")

@@ -109,6 +109,7 @@ async def test_a_greedy_answer_is_the_models_own(
     host = await fork()
     assert host.status.state is ReplicaState.READY
     assert set(host.status.phases_s) == {"building"}
+    assert "memfd:" not in Path(f"/proc/{host.pid}/maps").read_text()  # copied, and given back
     host.send(1, vllm.sampling.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
     outputs = (await collect(host.stream, 1))[1]
     assert tokens(outputs) == greedy_by_transformers(tiny_llama, 24)

@@ -58,7 +58,13 @@ def test_the_name_exists(vllm: SimpleNamespace, module: str, path: str) -> None:
 def test_names_set_at_run_time_are_still_set_there(vllm: SimpleNamespace) -> None:
     """Attributes of instances cannot be looked up on a class: look for them where they are assigned."""
     core = inspect.getsource(importlib.import_module("vllm.v1.engine.core").EngineCore.__init__)
-    for name in ("self.step_fn", "self.structured_output_manager", "self.scheduler", "self.vllm_config"):
+    for name in (
+        "self.step_fn",
+        "self.structured_output_manager",
+        "self.scheduler",
+        "self.vllm_config",
+        "self.batch_queue",
+    ):
         assert f"{name} = " in core or f"{name}: " in core, name
     executor = importlib.import_module("vllm.v1.executor.uniproc_executor").UniProcExecutor
     assert "self._distributed_args()" in inspect.getsource(executor._init_executor)

@@ -157,6 +157,35 @@ def test_refuses_a_link_that_leaves_the_folder(model: Path, tmp_path: Path, name
         examine(model)
 
 
+def cached(model: Path, cache: Path) -> Path:
+    """The layout of a Hugging Face cache: snapshots of links into blobs."""
+    snapshot = cache / "models--org--name" / "snapshots" / "0a1b"
+    blobs = cache / "models--org--name" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(model.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_a_snapshot_in_a_hugging_face_cache_may_use_its_blobs(model: Path, tmp_path: Path) -> None:
+    expected = examine(model)
+    snapshot = cached(model, tmp_path / "hub")
+    assert examine(snapshot, [tmp_path]).tensors == expected.tensors
+
+
+def test_a_snapshot_may_use_nothing_beyond_its_repository_nor_beyond_the_roots(model: Path, tmp_path: Path) -> None:
+    snapshot = cached(model, tmp_path / "hub")
+    with pytest.raises(InvalidCheckpoint, match="leads out"):
+        examine(snapshot, [snapshot])
+    (snapshot / "config.json").unlink()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../../config.json")
+    with pytest.raises(InvalidCheckpoint, match="leads out"):
+        examine(snapshot, [tmp_path])
+
+
 def test_follows_a_link_within_the_folder(model: Path) -> None:
     (model / "model.safetensors").rename(model / "data")
     (model / "model.safetensors").symlink_to("data")

@@ -29,6 +29,10 @@ class Warm(Protocol):
     @property
     def about(self) -> WarmReady | None: ...
 
+    async def ready(self) -> WarmReady:
+        """Wait until it can fork. Raises EngineFailed if it ends before that."""
+        ...
+
     async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
         """Fork an engine host, waiting for the warm process if need be. Raises EngineFailed."""
         ...

@@ -89,6 +89,11 @@ class FakeWarm:
         self.hosts: list[FakeHost] = []
         self._servers: list[Any] = []
 
+    async def ready(self) -> WarmReady:
+        if self.about is None:
+            raise EngineFailed("the warm process ended as it started")
+        return self.about
+
     async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> FakeHost:
         if self.failure is not None:
             raise self.failure

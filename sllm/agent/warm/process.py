@@ -52,6 +52,10 @@ class WarmProcess:
     def about(self) -> WarmReady | None:
         return self._about
 
+    async def ready(self) -> WarmReady:
+        await asyncio.shield(self._channel)
+        return self._about or await self.ready()
+
     async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
         channel = await asyncio.shield(self._channel)
         answer = channel.fork(launch, weights_fd, log_fd)
