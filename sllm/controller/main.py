@@ -42,7 +42,7 @@ class Running:
 
 
 async def run(config: ControllerConfig, tail: LogTail) -> None:
-    """Serve until a signal. Raises InvalidConfiguration, Conflict (state in use), Unavailable (port taken)."""
+    """Serve until a signal. Raises InvalidConfiguration, Conflict (state in use, port taken)."""
     del tail  # the controller's log is read where it runs
     stop = lifecycle.stop_on_signals()
     tls = load_tls(config.tls)

@@ -30,19 +30,31 @@ async def registered(world: World, event: Registered) -> RegisterResponse | Cont
 async def heartbeat(world: World, request: HeartbeatRequest) -> HeartbeatResponse:
     """Raises Conflict if another living agent has the name."""
     view = world.cluster.nodes.get(request.name)
-    known = view is not None and view.report.incarnation == request.incarnation and view.state is not NodeState.DEAD
+    if view and (view.report.incarnation != request.incarnation or view.state is NodeState.DEAD):
+        view = None  # whoever it was that is known by this name, it is not, or no longer, this one
     resync = False
     if request.report is not None:
-        if contested := _contested(world, Registered(report=request.report)):
-            raise name_taken(request.report, contested)
-        if not (known and view and request.report.revision < view.report.revision):
-            await _take(world, request.report)
-    elif known and view and view.report.revision == request.revision:
-        now = world.clock.monotonic()
-        apply(world, world.cluster.heard(request.name, now=now, wall=world.clock.wall()), now)
+        await _reported(world, view, request.report)
+    elif view and view.report.revision == request.revision:
+        _alive(world, view)
     else:
         resync = True
     return HeartbeatResponse(epoch=world.executor.epoch, resync=resync)
+
+
+async def _reported(world: World, view: NodeView | None, report: NodeReport) -> None:
+    if contested := _contested(world, Registered(report=report)):
+        raise name_taken(report, contested)
+    if view is None or report.revision >= view.report.revision:
+        await _take(world, report)
+
+
+def _alive(world: World, view: NodeView) -> None:
+    now, name = world.clock.monotonic(), view.report.name
+    changes = world.cluster.heard(name, now=now, wall=world.clock.wall())
+    apply(world, changes, now)
+    if changes.gone or world.cluster.nodes[name].state is not view.state:
+        world.changed = True
 
 
 def name_taken(report: NodeReport, contested: Contested) -> Conflict:
@@ -105,6 +117,7 @@ async def _take(world: World, report: NodeReport) -> None:
     elif before.report.address != report.address:
         await world.executor.forget(before.report.address)
     now = world.clock.monotonic()
+    world.changed = True
     world.awaited.discard(report.name)
     apply(world, world.cluster.observe(report, now=now, wall=world.clock.wall(), cordoned=cordoned), now)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sllm.core.node import NodeState
+from sllm.core.residency import ResidencyState, Tier
 from sllm.core.route import Route, RouteTarget
 from sllm.core.snapshot import DeploymentView, ReplicaView, Revision, Snapshot
+
+SOURCES_NAMED = 4
 
 
 def routes(snapshot: Snapshot) -> tuple[Route, ...]:
     """One route per deployment that is not being deleted, by name."""
-    replicas = snapshot.replicas_by_deployment()
+    replicas, sources = snapshot.replicas_by_deployment(), _sources(snapshot)
     views = sorted(snapshot.deployments.values(), key=lambda view: view.name)
     return tuple(
-        _route(snapshot, view, replicas.get(view.name, ())) for view in views if not view.current.deployment.deleting
+        _route(view, replicas.get(view.name, ()), sources) for view in views if not view.current.deployment.deleting
     )
 
 
@@ -23,13 +26,13 @@ def targets(replicas: Sequence[ReplicaView]) -> list[RouteTarget]:
     return [_target(replica) for replica in replicas if replica.ready]
 
 
-def _route(snapshot: Snapshot, view: DeploymentView, replicas: Sequence[ReplicaView]) -> Route:
+def _route(view: DeploymentView, replicas: Sequence[ReplicaView], sources: Mapping[str, list[str]]) -> Route:
     revision = _serving(view, replicas)
     return Route(
         deployment=revision.deployment,
         max_model_len=revision.max_model_len,
         targets=tuple(targets([r for r in replicas if r.spec.revision == revision.number])),
-        sources=_sources(snapshot, revision.deployment.digest),
+        sources=tuple(sources.get(revision.deployment.digest, ())),
     )
 
 
@@ -53,7 +56,15 @@ def _target(replica: ReplicaView) -> RouteTarget:
     )
 
 
-def _sources(snapshot: Snapshot, digest: str) -> tuple[str, ...]:
+def _sources(snapshot: Snapshot) -> dict[str, list[str]]:
+    """Agents with a copy at rest, by digest; a few of each are enough."""
     living = [node for node in snapshot.nodes.values() if node.state is not NodeState.DEAD]
     living.sort(key=lambda node: (node.state is NodeState.SUSPECT, node.report.name))
-    return tuple(node.report.address for node in living if node.tier_of(digest) is not None)
+    found: dict[str, list[str]] = {}
+    for node in living:
+        for held in node.report.residencies:
+            if held.tier is Tier.SSD and held.state is ResidencyState.READY:
+                sources = found.setdefault(held.digest, [])
+                if len(sources) < SOURCES_NAMED:
+                    sources.append(node.report.address)
+    return found

@@ -40,6 +40,8 @@ class World:
         # Deployments with requests that began and ended between two reports.
         self.touched: set[DeploymentName] = set()
         self.generation = 0
+        # Something happened since the last plan that may call for another.
+        self.changed = True
         # Nodes known before a restart: until they have reported, or had the time to, what they run is not known.
         self.awaited: set[NodeName] = set()
         self.cordoned: set[NodeName] = set()

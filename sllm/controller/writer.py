@@ -11,6 +11,7 @@ from sllm.controller.inbox import Envelope, Inbox
 from sllm.controller.planning import advance
 from sllm.controller.world import World
 from sllm.errors import SllmError, Unavailable
+from sllm.rpc.nodes import HeartbeatRequest
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ class Writer:
         """Run until cancelled. An error of a plan or of the store ends it: a supervisor starts us anew."""
         try:
             while True:
-                self._arm(await advance(self._world))
+                if self._world.changed:
+                    self._world.changed = False
+                    self._arm(await advance(self._world))
                 for envelope in await self._inbox.batch():
                     await self._handle(envelope)
         finally:
@@ -37,6 +40,8 @@ class Writer:
 
     async def _handle(self, envelope: Envelope) -> None:
         reply = envelope.reply
+        # Most events are heartbeats, and most of those say nothing new; their handler knows which do.
+        self._world.changed |= not isinstance(envelope.event, HeartbeatRequest)
         try:
             answer = await self._handlers.handle(envelope.event)
         except Exception as error:

@@ -14,13 +14,20 @@ from sllm.core.launch import Launch, TensorEntry
 from sllm.core.tokens import Finish, Logprobs, Prefill, TokenRequest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Weights:
     """A checkpoint's tensors in shared memory. `memory` is mapped MAP_PRIVATE and writable: what an engine writes there
-    stays its own. None where no tensor has bytes."""
+    stays its own. None where no tensor has bytes, and after `release`."""
 
     memory: mmap.mmap | None
     tensors: tuple[TensorEntry, ...]
+
+    def release(self) -> None:
+        """Let go of the memory: it is unmapped with the last tensor that is a view of it, at once if there is none.
+
+        Not `mmap.close`: torch's views do not stop it, and would point nowhere.
+        """
+        self.memory = None
 
 
 @dataclass(slots=True, kw_only=True)

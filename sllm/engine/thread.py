@@ -135,7 +135,7 @@ class EngineThread:
 def _engine_error(error: Exception) -> SllmError:
     if isinstance(error, SllmError):
         return error
-    text = str(error).strip() or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return EngineFailed(f"the engine failed: {text}", hint="see the replica's log: `sllm logs REPLICA`")
 
 

@@ -52,7 +52,7 @@ def engine_config(launch: Launch) -> Any:
 def engine_args(launch: Launch) -> EngineArgs:
     """Return vLLM's arguments: the deployment's own, then ours, which it cannot set."""
     spec = launch.spec
-    args = EngineArgs.from_cli_args(_parsed(launch))
+    args = _deployments_own(launch)
     args.tokenizer = launch.execution_dir
     args.load_format = LOAD_FORMAT
     args.max_model_len = spec.max_model_len
@@ -70,13 +70,12 @@ def engine_args(launch: Launch) -> EngineArgs:
     return args
 
 
-def _parsed(launch: Launch) -> argparse.Namespace:
+def _deployments_own(launch: Launch) -> EngineArgs:
     flags = [f"--model={launch.execution_dir}", *flags_for(launch.spec.engine_args, Taker.ENGINE)]
     try:
-        parsed: argparse.Namespace = parser().parse_args(flags)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        return EngineArgs.from_cli_args(parser().parse_args(flags))
+    except (ValueError, TypeError, argparse.ArgumentTypeError, VLLMClientError) as error:
         raise InvalidArgument(f"engine arguments: {error}") from error
-    return parsed
 
 
 def _for_cpu(args: EngineArgs, launch: Launch) -> None:

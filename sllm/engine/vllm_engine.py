@@ -27,7 +27,7 @@ from sllm.engine.base import EngineCore, Hooks, Output, Weights
 from sllm.engine.vllm_args import engine_config
 from sllm.engine.vllm_errors import build_error
 from sllm.engine.vllm_tokens import engine_request, output_of, sampling_params
-from sllm.errors import EngineFailed, InvalidArgument
+from sllm.errors import EngineFailed, InvalidArgument, SllmError
 
 
 def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
@@ -41,6 +41,7 @@ def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
         raise build_error(error) from error
     finally:
         _rendezvous().unlink(missing_ok=True)
+    weights.release()  # the engine has copied what it does not use in place
     return VllmCore(core, hooks)
 
 
@@ -72,15 +73,15 @@ class VllmCore:
         self._check(request, params)
         theirs = engine_request(key, request, params)
         if params.structured_outputs is None:
-            self._enter(theirs)
+            self._enter(*self._core.preprocess_add_request(theirs))
             return
         future = self._grammars.submit(self._prepare, theirs)
         self._preparing[key] = future
         future.add_done_callback(lambda _: self._announce(key))
 
-    def _enter(self, request: Any) -> None:
+    def _enter(self, request: Any, wave: int) -> None:
         try:
-            self._core.add_request(*self._core.preprocess_add_request(request))
+            self._core.add_request(request, wave)
         except Exception as error:
             raise EngineFailed(f"the engine did not take the request: {error}") from error
 
@@ -139,7 +140,8 @@ class VllmCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._core.scheduler.has_requests()) or not self._prepared.empty()
+        core = self._core
+        return bool(core.scheduler.has_requests() or core.batch_queue) or not self._prepared.empty()
 
     def step(self) -> list[Output]:
         outputs = self._admit()
@@ -157,14 +159,20 @@ class VllmCore:
             future = self._preparing.pop(key, None)
             if future is None:
                 continue  # aborted meanwhile
-            error = future.exception()
-            if error is None:
-                self._core.add_request(*future.result())
-            else:
-                refusal = InvalidArgument(f"the engine refused the grammar: {error}")
-                refused.append(Output(key=key, token_ids=[], finish=Finish(reason=FinishReason.ERROR, error=refusal)))
+            try:
+                self._enter(*_grammar_result(future))
+            except SllmError as error:
+                finish = Finish(reason=FinishReason.ERROR, error=error)
+                refused.append(Output(key=key, token_ids=[], finish=finish))
         return refused
 
     def close(self) -> None:
         """Stop the grammar thread. vLLM's own shutdown takes a second to give back what the process' end gives back."""
         self._grammars.shutdown(wait=False, cancel_futures=True)
+
+
+def _grammar_result(future: Future[Any]) -> Any:
+    error = future.exception()
+    if error is not None:
+        raise InvalidArgument(f"the engine refused the grammar: {error}") from error
+    return future.result()

@@ -71,6 +71,9 @@ class App:
             await send_refusal(send, refused.answer, headers)
         except SllmError as error:
             await send_refusal(send, refusal(error), headers)
+        except Exception:
+            log.exception("%s failed", request_id)
+            await send_refusal(send, refusal(SllmError("the gateway failed to answer")), headers)
 
     async def _answer(
         self, request_id: RequestId, headers: Headers, scope: Message, receive: Receive, send: Send

@@ -16,7 +16,7 @@ from sllm.core.ids import DeploymentName, ReplicaId, RequestId
 from sllm.core.request import RequestRow
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import Finish, FinishReason, TokenOutput
-from sllm.errors import EngineFailed, NotFound, SllmError, StaleGeneration, Unavailable
+from sllm.errors import EngineFailed, NotFound, OperationFailed, SllmError, StaleGeneration, Unavailable
 from sllm.gateway.balancer import choose
 from sllm.gateway.connections import Connection, Connections
 from sllm.gateway.hold import Hold
@@ -88,6 +88,8 @@ class Dispatcher:
     def fail(self, request: OpenRequest, error: SllmError) -> None:
         """End a request with an error: its sequences end as failed, its front end passes that on."""
         if not request.is_over:
+            level = logging.WARNING if isinstance(error, OperationFailed) else logging.INFO
+            log.log(level, "%s for %r failed: %s", request.id, request.deployment, error.message)
             request.failure = error
             _put_failure(self._stop(request))
 

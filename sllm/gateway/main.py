@@ -20,7 +20,7 @@ from sllm.gateway.hold import Hold
 from sllm.gateway.keys import Keys
 from sllm.gateway.load_report import report_load
 from sllm.gateway.routes import Routes
-from sllm.gateway.server import HttpServer, address_of, bind
+from sllm.gateway.server import HttpServer, address_of, listen
 from sllm.log import LogTail
 from sllm.rpc.agents import AgentClient
 from sllm.rpc.identity import load_tls
@@ -47,7 +47,7 @@ async def run(config: GatewayConfig, tail: LogTail) -> None:
     """Serve until SIGTERM or SIGINT. To be run in `new_event_loop()`."""
     del tail  # nobody asks a gateway for its log over the network
     stop = lifecycle.stop_on_signals()
-    sock = bind(config.listen)  # before vLLM's long import: a taken port should be told at once
+    sock = listen(config.listen)  # before vLLM's long import: a taken port should be told at once
     from sllm.gateway import vllm_frontend  # not before vLLM's environment is needed
 
     vllm_frontend.prepare()
@@ -76,17 +76,24 @@ class Gateway:
         )
 
     async def serve(self, sock: socket.socket, stop: asyncio.Event) -> None:
-        """Serve on a bound socket until `stop` is set and what runs is over, `DRAIN_S` at most."""
+        """Serve on a listening socket until `stop` is set and what runs is over, `DRAIN_S` at most."""
         if not self._keys.open_to_all:
-            log.warning("every request will be refused: there are no API keys and %s is not loopback", sock)
-        server = HttpServer(self._app, sock, cancel_after_s=_CANCEL_AFTER_S)
+            log.warning("every request will be refused: no API keys, and %s is not loopback", self._config.listen)
+        try:
+            await self._run(HttpServer(self._app, sock, cancel_after_s=_CANCEL_AFTER_S), address_of(sock), stop)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            await self._close()
+
+    async def _run(self, server: HttpServer, address: str, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self._routes.run())
             reporting = tasks.create_task(report_load(self._controller, self.dispatcher, gateway=self._config.name))
             serving = tasks.create_task(server.run())
             await server.up()
-            lifecycle.notify(READY="1", X_ADDRESS=address_of(sock))
-            log.info("serving on %s", address_of(sock))
+            lifecycle.notify(READY="1", X_ADDRESS=address)
+            log.info("serving on %s", address)
             await stop.wait()
             log.info("stopping")
             server.stop()
@@ -94,7 +101,6 @@ class Gateway:
             await serving
             watching.cancel()
             reporting.cancel()
-        await self._close()
 
     async def _close(self) -> None:
         with contextlib.suppress(SllmError):  # the controller may be gone already

@@ -17,8 +17,8 @@ _KEEP_ALIVE_S = 75
 _TICK_S = 1.0
 
 
-def bind(address: str) -> socket.socket:
-    """Return a socket bound to `HOST:PORT` (port 0: any). Raises Unavailable if it is taken."""
+def listen(address: str) -> socket.socket:
+    """Return a listening socket for `HOST:PORT` (port 0: any). Raises Unavailable if it is taken."""
     host, _, port = address.rpartition(":")
     with contextlib.ExitStack() as undo:
         try:
@@ -28,6 +28,7 @@ def bind(address: str) -> socket.socket:
             sock = undo.enter_context(socket.socket(family, kind, protocol))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(place)
+            sock.listen(_BACKLOG)
         except OSError as error:
             raise Unavailable(
                 f"cannot listen on {address}: {error.strerror}", hint="choose another port; 0 picks a free one"

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.32.0",)
 _TASKS = ("generate",)
+_MAX_REASON = 400
 
 
 def prepare() -> None:
@@ -119,7 +120,7 @@ class VllmBuilder:
             raise
         except Exception as error:
             log.debug("the front end of %s failed", recipe.deployment, exc_info=True)
-            raise UnsupportedCheckpoint(f"vLLM's front end refused it: {_first_line(error)}") from error
+            raise UnsupportedCheckpoint(f"vLLM's front end refused it: {_in_one_line(error)}") from error
         gc.freeze()
         log.info("the front end of %s is ready", recipe.deployment)
         return _VllmFrontEnd(app, llm)
@@ -177,10 +178,9 @@ def _parse(recipe: Recipe, folder: Path) -> Any:
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"engine arguments: {_first_line(error)}") from error
+        raise InvalidArgument(f"engine arguments: {_in_one_line(error)}") from error
     return args
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__

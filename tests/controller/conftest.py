@@ -333,7 +333,7 @@ class Bench:
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Let the controller and its peers talk until it holds; they all run in this loop."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while not condition():
                 await self.control.get_status(Empty())
                 await self.settle()
@@ -370,7 +370,7 @@ class Bench:
 
     async def done(self, operation: Operation) -> Operation:
         """Wait for an operation to be over."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             return [o async for o in self.control.watch_operation(WatchOperationRequest(id=operation.id))][-1]
 
     async def row(self, name: str = "app") -> Any:

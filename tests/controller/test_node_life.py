@@ -163,7 +163,7 @@ async def test_a_stop_that_a_node_did_not_hear_is_repeated(bench):
     agent.incarnation = "a-restarted"
     await agent.start()
     await agent.join(bench.controller.address)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not agent.stops():  # the channel has a back-off of its own, in real time
             await bench.advance(2)
     assert bench.replicas()[0].intent is Intent.DRAIN

@@ -40,7 +40,7 @@ from sllm.gateway.execution_files import ExecutionFiles
 from sllm.gateway.frontends import FrontEnd, Message, Receive, Recipe, Send
 from sllm.gateway.main import Gateway
 from sllm.gateway.remote_engine import Order, RemoteEngine
-from sllm.gateway.server import bind
+from sllm.gateway.server import listen
 from sllm.rpc import agents, engine, routes
 from sllm.rpc.agents import GetExecutionFilesRequest
 from sllm.rpc.control import Empty
@@ -468,7 +468,7 @@ async def running_cluster(
         cluster.builder = make_builder(files, dispatcher)
         return cluster.builder
 
-    sock = bind(config.listen)
+    sock = listen(config.listen)
     cluster.address = "{}:{}".format(*sock.getsockname())
     cluster.gateway = Gateway(config, None, keep_builder)
     cluster.serving = asyncio.create_task(cluster.gateway.serve(sock, cluster.stop))

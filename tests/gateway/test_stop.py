@@ -7,7 +7,7 @@ import pytest
 
 from sllm.errors import Unavailable
 from sllm.gateway import main
-from sllm.gateway.server import address_of, bind
+from sllm.gateway.server import address_of, listen
 
 COMPLETIONS = "/v1/completions"
 ASKED = {"model": "m", "prompt": "x"}
@@ -55,8 +55,7 @@ async def test_the_last_report_is_empty(cluster: Any, a_route: Any) -> None:
 
 
 async def test_a_taken_port_is_said_at_once() -> None:
-    taken = bind("127.0.0.1:0")
-    taken.listen()
+    taken = listen("127.0.0.1:0")
     with taken, pytest.raises(Unavailable, match="cannot listen on") as refused:
-        bind(address_of(taken))
+        listen(address_of(taken))
     assert "another port" in refused.value.hint
