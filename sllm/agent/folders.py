@@ -15,14 +15,15 @@ class Folders:
     checkpoints: Path
     run: Path  # launch records of engine hosts
     log: Path
+    scratch: Path  # what libraries write for themselves: temporary files, caches
 
 
 def prepare(state: Path) -> Folders:
     """Make the folders. Raises InvalidConfiguration."""
     root = state.absolute()
-    folders = Folders(checkpoints=root / "checkpoints", run=root / "run", log=root / "log")
+    folders = Folders(checkpoints=root / "checkpoints", run=root / "run", log=root / "log", scratch=root / "scratch")
     try:
-        for folder in (root, folders.checkpoints, folders.run, folders.log):
+        for folder in (root, folders.checkpoints, folders.run, folders.log, folders.scratch):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidConfiguration(f"cannot make state_dir {root}: {error.strerror}") from error

@@ -51,7 +51,9 @@ def _open(config: AgentConfig, tls: Tls | None, folders: Folders) -> LocalNode:
     changes = Changes()
     pool = open_pool(config.store)
     devices = open_devices(config.devices, reserved_bytes=pool.budget_bytes)
-    warm = WarmProcess(lambda fd: command(config.engine.kind, fd), folders.log / "warm.log", changes.notify)
+    warm = WarmProcess(
+        lambda fd: command(config.engine.kind, fd), folders.log / "warm.log", folders.scratch, changes.notify
+    )
     return LocalNode(config, tls, folders, pool=pool, devices=devices, warm=warm, changes=changes)
 
 

@@ -20,7 +20,7 @@ from sllm.config import AgentConfig, StoreConfig
 from sllm.core.ids import NodeName
 from sllm.core.node import NodeReport
 from sllm.core.residency import Tier, TierUsage
-from sllm.errors import EngineFailed
+from sllm.errors import SllmError
 from sllm.loader.memory.pool import Pool
 from sllm.loader.store import SsdStore
 from sllm.rpc.transport import Tls
@@ -66,7 +66,7 @@ class LocalNode:
     async def _architectures(self) -> tuple[str, ...]:
         try:
             return (await self.warm.ready()).architectures
-        except EngineFailed:
+        except SllmError:
             return ()  # not known: a start will tell
 
     def report(self, address: str) -> NodeReport:

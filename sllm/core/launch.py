@@ -3,8 +3,8 @@
 Agent and warm process speak over a SOCK_SEQPACKET Unix socket pair, one JSON object per packet: the warm process says
 `{"ready": WarmReady}` once; the agent asks `{"fork": NONCE}`, with three descriptors beside it (SCM_RIGHTS): a memfd
 with the Launch as JSON (an index of 10,000 tensors does not fit in a packet), the weights' memfd, and the log file; the
-warm process answers `{"forked": NONCE, "pid": PID}` or `{"error": TEXT, "nonce": NONCE}`. This module only says what
-the messages hold; it opens nothing.
+warm process answers `{"forked": NONCE, "pid": PID}` or `{"error": TEXT, "nonce": NONCE}` (an empty nonce: it cannot run
+its engine at all, and ends). This module only says what the messages hold; it opens nothing.
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from sllm.config import GatewayConfig
 from sllm.core.ids import RequestId, make_id
 from sllm.core.route import Route
-from sllm.errors import InvalidArgument, NotFound, SllmError
+from sllm.errors import NotFound, SllmError
 from sllm.gateway.answers import Headers, Refusal, plain_refusal, refusal
 from sllm.gateway.dispatch import Dispatcher
 from sllm.gateway.frontends import FrontEnds, Message, Receive, Send
+from sllm.gateway.inbound import ClientGone, Refused, head_of, inner_scope, read_body, replay, unless_gone
 from sllm.gateway.keys import Keys
 from sllm.gateway.reply import Reply, send_refusal
 from sllm.gateway.request import OpenRequest, current_request
@@ -27,23 +27,9 @@ from sllm.gateway.routes import Routes
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _STREAMING_PATHS = {"/v1/chat/completions", "/v1/completions"}
 _FRONT_END_PATHS = _STREAMING_PATHS | {"/tokenize", "/detokenize"}
 _MODELS = "/v1/models"
-
-
-class _Refused(Exception):
-    """An answer that is not one of our errors: a status that only HTTP knows."""
-
-    def __init__(self, answer: Refusal) -> None:
-        super().__init__(answer.status)
-        self.answer = answer
-
-
-class _ClientGone(Exception):
-    """Nobody waits for the answer any more."""
 
 
 class App:
@@ -65,9 +51,9 @@ class App:
         headers: Headers = [(b"x-request-id", request_id.encode())]
         try:
             await self._answer(request_id, headers, scope, receive, send)
-        except _ClientGone:
+        except ClientGone:
             return
-        except _Refused as refused:
+        except Refused as refused:
             await send_refusal(send, refused.answer, headers)
         except SllmError as error:
             await send_refusal(send, refusal(error), headers)
@@ -91,7 +77,7 @@ class App:
             _check_method(method, "POST", path)
             await self._serve(request_id, headers, scope, receive, send)
         else:
-            raise _Refused(plain_refusal(404, f"there is no {method} {path} here", code="unknown_url"))
+            raise Refused(plain_refusal(404, f"there is no {method} {path} here", code="unknown_url"))
 
     def _models(self, path: str) -> dict[str, Any]:
         name = path.removeprefix(_MODELS).strip("/")
@@ -108,8 +94,8 @@ class App:
     async def _serve(
         self, request_id: RequestId, headers: Headers, scope: Message, receive: Receive, send: Send
     ) -> None:
-        body = await _read_body(receive, self._config.max_body_bytes)
-        name, streaming = _head(body)
+        body = await read_body(receive, self._config.max_body_bytes)
+        name, streaming = head_of(body)
         request = OpenRequest(
             id=request_id,
             deployment=self._route(name).deployment.spec.name,
@@ -129,7 +115,7 @@ class App:
             await self._run_front_end(request, body, scope, receive, reply)
         except SllmError as error:
             await reply.fail(error)
-        except _ClientGone:
+        except ClientGone:
             raise
         except Exception:
             log.exception("%s failed", request_id)
@@ -149,8 +135,8 @@ class App:
             with self._front_ends.use(request.deployment, request.revision) as lease:
                 request.accepts = lease.accepts
                 waiting = lease.front_end()
-                front_end = await (waiting if lease.is_made else _unless_gone(waiting, receive))
-                await front_end(_inner_scope(scope, request.id), _replay(body, receive), reply)
+                front_end = await (waiting if lease.is_made else unless_gone(waiting, receive))
+                await front_end(inner_scope(scope, request.id), replay(body, receive), reply)
             if not request.restart:
                 return
             request.reopen()
@@ -171,7 +157,7 @@ def _model(route: Route) -> dict[str, Any]:
 def _check_method(method: str, allowed: str, path: str) -> None:
     if method != allowed:
         answer = plain_refusal(405, f"{path} takes {allowed}, not {method}")
-        raise _Refused(Refusal(status=405, document=answer.document, headers=[(b"allow", allowed.encode())]))
+        raise Refused(Refusal(status=405, document=answer.document, headers=[(b"allow", allowed.encode())]))
 
 
 async def _send_json(send: Send, document: dict[str, Any], headers: Headers) -> None:
@@ -179,82 +165,3 @@ async def _send_json(send: Send, document: dict[str, Any], headers: Headers) -> 
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def _read_body(receive: Receive, limit: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientGone
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > limit:
-            raise _Refused(plain_refusal(413, f"the body is larger than {limit} bytes", code="body_too_large"))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _head(body: bytes) -> tuple[str, bool]:
-    """Return the model that a body names, and whether it wants a stream. All else is the front end's to check."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"the body is not JSON: {error}") from None
-    name = document.get("model") if isinstance(document, dict) else None
-    if not isinstance(name, str) or not name:
-        raise _Refused(plain_refusal(400, "the body must name a model", param="model", code="invalid_argument"))
-    return name, document.get("stream") is True
-
-
-def _inner_scope(scope: Message, request_id: RequestId) -> Message:
-    """Return what the front end sees of a request: none of the client's headers may steer it."""
-    return {
-        "type": "http",
-        "asgi": scope["asgi"],
-        "http_version": scope["http_version"],
-        "method": "POST",
-        "scheme": scope["scheme"],
-        "path": scope["path"],
-        "raw_path": scope["path"].encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())],
-        "client": scope.get("client"),
-        "server": scope.get("server"),
-        "state": {},
-    }
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body once more, and after it what the client does next."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
-
-
-async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Wait for `work` while the client does. Raises _ClientGone when it goes away."""
-    working = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise _ClientGone
-        return working.result()
-    finally:
-        working.cancel()
-        gone.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

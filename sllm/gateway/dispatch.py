@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sllm.core.ids import DeploymentName, ReplicaId, RequestId
-from sllm.core.request import RequestRow
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import Finish, FinishReason, TokenOutput
 from sllm.errors import EngineFailed, NotFound, OperationFailed, SllmError, StaleGeneration, Unavailable
 from sllm.gateway.balancer import choose
 from sllm.gateway.connections import Connection, Connections
 from sllm.gateway.hold import Hold
+from sllm.gateway.open_requests import OpenRequests
 from sllm.gateway.request import OpenRequest, Sequence
 from sllm.gateway.routes import Routes
 
@@ -30,26 +30,22 @@ _ASK_AGAIN_S = 1.0
 
 
 class Dispatcher:
-    """Knows all open requests, and how many run on each replica."""
+    """Counts how many requests run on each replica; `requests` are all that are open."""
 
     def __init__(self, *, routes: Routes, connections: Connections, hold: Hold) -> None:
         self._routes = routes
         self._connections = connections
         self._hold = hold
-        self._open: dict[RequestId, OpenRequest] = {}
+        self.requests = OpenRequests()
         self._held: dict[DeploymentName, dict[RequestId, OpenRequest]] = {}
         self._load: Counter[ReplicaId] = Counter()
-        self._finished: Counter[str] = Counter()
         self._draining: SllmError | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
         routes.subscribe(self._on_routes)
 
     # --- a request's life ------------------------------------------------------------------
 
     def open(self, request: OpenRequest) -> None:
-        self._open[request.id] = request
-        self._idle.clear()
+        self.requests.add(request)
 
     def submit(self, sequence: Sequence) -> None:
         """Take a sequence that a front end wants run. What goes wrong comes as its output, never as an exception."""
@@ -79,11 +75,7 @@ class Dispatcher:
             return
         request.closed = True
         self._stop(request)
-        if request.prompts:  # else it never asked for an engine
-            self._finished[request.deployment] += 1
-        del self._open[request.id]
-        if not self._open:
-            self._idle.set()
+        self.requests.remove(request)
 
     def fail(self, request: OpenRequest, error: SllmError) -> None:
         """End a request with an error: its sequences end as failed, its front end passes that on."""
@@ -93,31 +85,16 @@ class Dispatcher:
             request.failure = error
             _put_failure(self._stop(request))
 
-    # --- what is reported, and the end -------------------------------------------------------
-
-    def rows(self) -> tuple[RequestRow, ...]:
-        """Return the requests that wait or run now. One whose tokens have all come is neither."""
-        return tuple(request.row() for request in self._open.values() if request.sequences)
-
-    def take_finished(self) -> dict[str, int]:
-        """Return how many requests ended since the last call, by deployment."""
-        finished, self._finished = self._finished, Counter()
-        return dict(finished)
-
-    def give_back_finished(self, finished: dict[str, int]) -> None:
-        """Undo `take_finished`: the report did not arrive."""
-        self._finished.update(finished)
-
     async def drain(self, *, within_s: float) -> None:
         """Fail what waits, let run what runs, fail what still runs when the time is over."""
         error = self._draining = Unavailable("the gateway is shutting down", retry_after_s=1.0)
         for request in [r for held in self._held.values() for r in held.values()]:
             self.fail(request, error)
         try:
-            await asyncio.wait_for(self._idle.wait(), within_s)
+            await asyncio.wait_for(self.requests.none_left(), within_s)
         except TimeoutError:
-            log.warning("%d requests were still running after %.0f s", len(self._open), within_s)
-            for request in [r for r in self._open.values() if r.sequences]:
+            log.warning("%d requests were still running after %.0f s", len(self.requests), within_s)
+            for request in self.requests.unfinished():
                 self.fail(request, error)
 
     # --- Listener ----------------------------------------------------------------------------

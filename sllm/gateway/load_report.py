@@ -7,7 +7,7 @@ import logging
 from typing import Protocol
 
 from sllm.errors import SllmError
-from sllm.gateway.dispatch import Dispatcher
+from sllm.gateway.open_requests import OpenRequests
 from sllm.rpc.control import Empty
 from sllm.rpc.routes import ReportLoadRequest
 
@@ -20,18 +20,18 @@ class LoadSink(Protocol):
     async def report_load(self, request: ReportLoadRequest) -> Empty: ...
 
 
-async def report_load(controller: LoadSink, dispatcher: Dispatcher, *, gateway: str, every_s: float = EVERY_S) -> None:
+async def report_load(controller: LoadSink, requests: OpenRequests, *, gateway: str, every_s: float = EVERY_S) -> None:
     """Report until cancelled. What a lost report counted is in the next one."""
     failing = False
     while True:
-        finished = dispatcher.take_finished()
+        finished = requests.take_finished()
         try:
             await controller.report_load(
-                ReportLoadRequest(gateway=gateway, requests=dispatcher.rows(), finished=finished)
+                ReportLoadRequest(gateway=gateway, requests=requests.rows(), finished=finished)
             )
             failing = False
         except SllmError as error:
-            dispatcher.give_back_finished(finished)
+            requests.give_back_finished(finished)
             if not failing:
                 log.warning("the controller does not take load reports: %s", error.message)
             failing = True

@@ -89,7 +89,9 @@ class Gateway:
     async def _run(self, server: HttpServer, address: str, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self._routes.run())
-            reporting = tasks.create_task(report_load(self._controller, self.dispatcher, gateway=self._config.name))
+            reporting = tasks.create_task(
+                report_load(self._controller, self.dispatcher.requests, gateway=self._config.name)
+            )
             serving = tasks.create_task(server.run())
             await server.up()
             lifecycle.notify(READY="1", X_ADDRESS=address)

@@ -15,7 +15,7 @@ from sllm.agent.changes import Changes
 from sllm.agent.warm import process as warm_process
 from sllm.agent.warm.process import WarmProcess
 from sllm.core.launch import Launch
-from sllm.errors import EngineFailed
+from sllm.errors import EngineFailed, InvalidConfiguration
 
 _READY = """
 import json, os, socket, sys
@@ -36,6 +36,11 @@ while True:
 """
 )
 DIES_WHEN_ASKED = _READY + "control.recv(65536); print('out of luck', flush=True); sys.exit(3)"
+CANNOT_RUN_ITS_ENGINE = """
+import json, socket, sys
+socket.socket(fileno=int(sys.argv[1])).send(json.dumps({"error": "vllm 9.9 is not one of 0.32.0", "nonce": ""}).encode())
+sys.exit(1)
+"""
 NEVER_READY = "import sys; print('No module named vllm', flush=True); sys.exit(1)"
 
 
@@ -48,7 +53,9 @@ async def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     def make(code: str) -> tuple[WarmProcess, Changes]:
         changes = Changes()
         made.append(
-            WarmProcess(lambda fd: (sys.executable, "-c", code, str(fd)), tmp_path / "warm.log", changes.notify)
+            WarmProcess(
+                lambda fd: (sys.executable, "-c", code, str(fd)), tmp_path / "warm.log", tmp_path, changes.notify
+            )
         )
         return made[-1], changes
 
@@ -104,6 +111,15 @@ async def test_one_that_never_gets_ready_fails_the_start_that_waits_with_its_las
     for _ in range(2):  # it is tried again, and so may the start be
         with pytest.raises(EngineFailed, match="code 1: No module named vllm"):
             await fork(warm, launch)
+
+
+async def test_one_that_cannot_run_its_engine_says_why(spawn: Callable[[str], Any], launch: Launch) -> None:
+    warm, _ = spawn(CANNOT_RUN_ITS_ENGINE)
+    with pytest.raises(InvalidConfiguration, match=r"vllm 9\.9 is not one of") as caught:
+        await fork(warm, launch)
+    assert caught.value.hint
+    with pytest.raises(InvalidConfiguration):
+        await warm.ready()
 
 
 async def test_one_that_dies_fails_what_was_asked_of_it_and_is_replaced(

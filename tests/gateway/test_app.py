@@ -159,7 +159,7 @@ async def test_a_client_that_leaves_before_the_front_end_is_made_leaves_nothing(
     asked = {"model": "m", "prompt": "x", "stream": True}
     async with cluster.http.stream("POST", COMPLETIONS, json=asked) as answer:
         assert await anext(answer.aiter_lines()) == ": waiting for the front end"
-    await asyncio.wait_for(cluster.gateway.dispatcher._idle.wait(), 10)
+    await asyncio.wait_for(cluster.gateway.dispatcher.requests.none_left(), 10)
 
 
 async def test_off_loopback_nothing_but_health_is_answered(cluster: Any) -> None:

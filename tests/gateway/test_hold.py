@@ -152,7 +152,7 @@ async def test_a_client_that_leaves_while_held_ends_its_acquire_at_once(cluster:
         await cluster.controller.until_waiting(1)
         asking.cancel()
         await cluster.controller.until_waiting(0)
-        await asyncio.wait_for(cluster.gateway.dispatcher._idle.wait(), 10)
+        await asyncio.wait_for(cluster.gateway.dispatcher.requests.none_left(), 10)
     assert cluster.gateway.dispatcher._held == {}
 
 
@@ -197,7 +197,7 @@ async def test_n_choices_are_one_request_on_one_replica(cluster: Any, a_route: A
     await cluster.publish(a_route("m", first, second))
     asking = asyncio.create_task(cluster.http.post(COMPLETIONS, json={**ASKED, "n": 3}))
     await one.until_running(3)
-    [row] = cluster.gateway.dispatcher.rows()
+    [row] = cluster.gateway.dispatcher.requests.rows()
     assert (row.state, row.replica, row.prompt_tokens) == (RequestState.RUNNING, "rep-1", 1)
     one.go.set()
     assert len((await asking).json()["text"]) == 3 * len("Hello there.")
@@ -213,17 +213,17 @@ async def test_rows_say_what_waits_and_what_runs_and_what_ended_is_counted(clust
     asking.append(asyncio.create_task(cluster.http.post(COMPLETIONS, json=ASKED)))
     await cluster.controller.until_waiting(1)
     dispatcher = cluster.gateway.dispatcher
-    assert [(r.state, r.replica) for r in dispatcher.rows()] == [
+    assert [(r.state, r.replica) for r in dispatcher.requests.rows()] == [
         (RequestState.RUNNING, "rep-1"),
         (RequestState.HELD, None),
     ]
-    dispatcher.take_finished()
+    dispatcher.requests.take_finished()
     host.go.set()
     await asyncio.gather(*asking)
-    await asyncio.wait_for(dispatcher._idle.wait(), 10)
-    assert dispatcher.rows() == ()
-    assert dispatcher.take_finished() == {"m": 2}
-    assert dispatcher.take_finished() == {}
+    await asyncio.wait_for(dispatcher.requests.none_left(), 10)
+    assert dispatcher.requests.rows() == ()
+    assert dispatcher.requests.take_finished() == {"m": 2}
+    assert dispatcher.requests.take_finished() == {}
 
 
 async def test_a_client_that_leaves_while_its_request_runs_frees_it_at_once(cluster: Any, a_route: Any) -> None:
@@ -235,5 +235,5 @@ async def test_a_client_that_leaves_while_its_request_runs_frees_it_at_once(clus
         await host.until_running(body.get("n", 1))
         asking.cancel()
         await host.until_running(0)
-        await asyncio.wait_for(cluster.gateway.dispatcher._idle.wait(), 10)
+        await asyncio.wait_for(cluster.gateway.dispatcher.requests.none_left(), 10)
         assert not cluster.gateway.dispatcher._load

@@ -1,10 +1,10 @@
 """Load reports: what ended is counted once, even if a report is lost."""
 
 import asyncio
-from typing import Any
 
 from sllm.errors import Unavailable
 from sllm.gateway.load_report import report_load
+from sllm.gateway.open_requests import OpenRequests
 from sllm.rpc.control import Empty
 from sllm.rpc.routes import ReportLoadRequest
 
@@ -22,11 +22,11 @@ class Controller:
         return Empty()
 
 
-async def test_what_a_lost_report_counted_is_in_the_next_one(cluster: Any) -> None:
-    dispatcher, controller = cluster.gateway.dispatcher, Controller(lost=2)
-    dispatcher.give_back_finished({"m": 3})
+async def test_what_a_lost_report_counted_is_in_the_next_one() -> None:
+    requests, controller = OpenRequests(), Controller(lost=2)
+    requests.give_back_finished({"m": 3})
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-        reporting = tasks.create_task(report_load(controller, dispatcher, gateway="g", every_s=0.001))
+        reporting = tasks.create_task(report_load(controller, requests, gateway="g", every_s=0.001))
         first, second = await controller.reports.get(), await controller.reports.get()
         reporting.cancel()
     assert (first.gateway, first.finished) == ("g", {"m": 3})

@@ -336,7 +336,7 @@ async def test_a_client_that_leaves_frees_its_request(up: Any) -> None:
         await host.until_running(n)
         asking.cancel()
         await host.until_running(0)
-        await asyncio.wait_for(up.gateway.dispatcher._idle.wait(), 10)
+        await asyncio.wait_for(up.gateway.dispatcher.requests.none_left(), 10)
 
 
 async def test_after_all_that_nothing_is_left_in_the_front_end(up: Any, client: openai.AsyncOpenAI) -> None:

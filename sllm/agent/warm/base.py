@@ -30,7 +30,7 @@ class Warm(Protocol):
     def about(self) -> WarmReady | None: ...
 
     async def ready(self) -> WarmReady:
-        """Wait until it can fork. Raises EngineFailed if it ends before that."""
+        """Wait until it can fork. Raises EngineFailed or InvalidConfiguration if it ends before that."""
         ...
 
     async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:

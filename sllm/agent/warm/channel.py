@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 from sllm.core.launch import Launch, WarmReady
-from sllm.errors import EngineFailed
+from sllm.errors import EngineFailed, InvalidConfiguration, SllmError
 
 _PACKET_BYTES = 1 << 18
 
@@ -67,6 +67,10 @@ class Channel:
             about = message["ready"]
             self._ready.set_result(WarmReady(**{**about, "architectures": tuple(about["architectures"])}))
             return
+        if message.get("nonce") == "":
+            hint = "is the engine installed? (extra `cpu` or `gpu`)"
+            _fail(self._ready, InvalidConfiguration(f"this node cannot run its engine: {message['error']}", hint=hint))
+            return
         answer = self._forks.pop(message.get("forked") or message.get("nonce", ""), None)
         if answer is None:
             return
@@ -87,7 +91,7 @@ class Channel:
             _fail(answer, gone)
 
 
-def _fail(waiting: asyncio.Future[Any], error: EngineFailed) -> None:
+def _fail(waiting: asyncio.Future[Any], error: SllmError) -> None:
     if not waiting.done():
         waiting.set_exception(error)
         waiting.exception()  # seen, also when nobody waits

@@ -21,12 +21,13 @@ from sllm.agent.warm.base import HostProcess
 from sllm.agent.warm.channel import Channel
 from sllm.agent.warm.host import ForkedHost
 from sllm.core.launch import Launch, WarmReady
-from sllm.errors import EngineFailed, SllmError
+from sllm.errors import EngineFailed, InvalidConfiguration, SllmError
 
 log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.5, 30.0)  # first and longest wait before it is spawned again
 _CLOSE_S = 5.0
+_SCRATCH_VARIABLES = ("TMPDIR", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR")
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -39,10 +40,15 @@ class WarmProcess:
     """Keeps one warm process alive. `on_change` is called when it becomes able to fork, and when it no longer is."""
 
     def __init__(
-        self, make_command: Callable[[int], Sequence[str]], log_path: Path, on_change: Callable[[], None]
+        self,
+        make_command: Callable[[int], Sequence[str]],
+        log_path: Path,
+        scratch: Path,
+        on_change: Callable[[], None],
     ) -> None:
         self._make_command = make_command
         self._log_path = log_path
+        self._scratch = scratch
         self._on_change = on_change
         self._channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self._about: WarmReady | None = None
@@ -99,9 +105,12 @@ class WarmProcess:
     async def _speak(self, channel: Channel, process: asyncio.subprocess.Process) -> bool:
         try:
             about = await channel.ready()
+        except InvalidConfiguration as error:
+            await process.wait()
+            self._give_up(error)
+            return False
         except EngineFailed:
-            code = await process.wait()
-            self._give_up(self._why(code))
+            self._give_up(self._why(await process.wait()))
             return False
         self._about = about
         self._channel.set_result(channel)
@@ -118,6 +127,8 @@ class WarmProcess:
 
     async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        # torch, vLLM and others leave files where these point; they are to stay in the agent's own folder.
+        environment |= dict.fromkeys(_SCRATCH_VARIABLES, str(self._scratch))
         output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             return await asyncio.create_subprocess_exec(
