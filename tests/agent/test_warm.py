@@ -38,7 +38,8 @@ while True:
 DIES_WHEN_ASKED = _READY + "control.recv(65536); print('out of luck', flush=True); sys.exit(3)"
 CANNOT_RUN_ITS_ENGINE = """
 import json, socket, sys
-socket.socket(fileno=int(sys.argv[1])).send(json.dumps({"error": "vllm 9.9 is not one of 0.32.0", "nonce": ""}).encode())
+control = socket.socket(fileno=int(sys.argv[1]))
+control.send(json.dumps({"error": "vllm 9.9 is not one of 0.32.0", "nonce": ""}).encode())
 sys.exit(1)
 """
 NEVER_READY = "import sys; print('No module named vllm', flush=True); sys.exit(1)"

@@ -1,11 +1,13 @@
 """Which replica a request goes to."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm.core.ids import NodeName, ReplicaId
 from sllm.core.route import RouteTarget
-from sllm.gateway.balancer import choose
+from sllm.gateway.balancer import choose, is_stranded
 
 
 def target(name: str, *, capacity: int = 4, revision: int = 1) -> RouteTarget:
@@ -64,3 +66,14 @@ def test_a_full_replica_is_never_chosen_and_one_with_room_always_is(replicas: li
         assert all(load[t.replica] >= t.capacity for t in targets)
     else:
         assert load[chosen.replica] < chosen.capacity
+
+
+def test_a_request_is_stranded_when_its_revision_was_replaced_and_is_gone(a_route: Any) -> None:
+    def accepts_1(revision: int) -> bool:
+        return revision == 1
+
+    new = target("rep-z", revision=2)
+    assert is_stranded(a_route("m", new, revision=2), accepts_1)
+    assert not is_stranded(a_route("m", new, A, revision=2), accepts_1), "an old replica is still there"
+    assert not is_stranded(a_route("m", revision=2), accepts_1), "who will serve is not known yet"
+    assert not is_stranded(a_route("m", new, revision=1), accepts_1), "its own revision is the one wanted"

@@ -71,6 +71,17 @@ async def test_a_held_stream_gets_progress_comments_then_tokens(cluster: Any, a_
     assert [line for line in rest if line][-1] == "data: [DONE]"
 
 
+async def test_a_stream_whose_first_token_takes_long_gets_comments_too(cluster: Any, a_route: Any) -> None:
+    host, target = await cluster.host()
+    host.go.clear()
+    await cluster.publish(a_route("m", target))
+    async with cluster.http.stream("POST", COMPLETIONS, json=STREAMED) as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines) == ": running"
+        host.go.set()
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+
+
 async def test_a_stream_that_is_served_soon_gets_no_comment(cluster: Any, a_route: Any) -> None:
     _, target = await cluster.host()
     await cluster.publish(a_route("m", target))

@@ -163,6 +163,18 @@ async def test_a_stopped_peer_is_noticed_within_ten_seconds() -> None:
         await process.wait()
 
 
+@pytest.mark.e2e
+async def test_a_stream_that_is_quiet_for_long_is_not_taken_for_an_attack(service: tuple[Routes, RouteClient]) -> None:
+    """A server that does not expect pings ends the connection after the fourth: keepalive pings come every 5 s."""
+    _, client = service
+    stream = client.watch_routes(WatchRoutesRequest(gateway="g"))
+    await anext(stream)
+    quiet = asyncio.ensure_future(anext(stream))
+    done, _ = await asyncio.wait({quiet}, timeout=23)
+    assert not done
+    quiet.cancel()
+
+
 def identity(
     issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None,
 ) -> tuple[Tls, x509.Certificate, ec.EllipticCurvePrivateKey]:
