@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 
 
 def notify(**fields: str) -> None:
@@ -29,3 +30,14 @@ def stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     return stop
+
+
+# Where torch, vLLM and what they use write files of their own accord.
+_SCRATCH_VARIABLES = ("TMPDIR", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR")
+
+
+def scratch_environment(folder: Path) -> dict[str, str]:
+    """Make a folder for such files and return the environment that keeps them in it: a process of ours leaves nothing
+    outside its state folder."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return dict.fromkeys(_SCRATCH_VARIABLES, str(folder))

@@ -23,7 +23,7 @@ def prepare(state: Path) -> Folders:
     root = state.absolute()
     folders = Folders(checkpoints=root / "checkpoints", run=root / "run", log=root / "log", scratch=root / "scratch")
     try:
-        for folder in (root, folders.checkpoints, folders.run, folders.log, folders.scratch):
+        for folder in (root, folders.checkpoints, folders.run, folders.log):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidConfiguration(f"cannot make state_dir {root}: {error.strerror}") from error

@@ -113,6 +113,7 @@ class App:
         self._dispatcher.open(request)
         try:
             await self._run_front_end(request, body, scope, receive, reply)
+            await reply.fail(SllmError("the front end gave no whole answer"))  # unless it did
         except SllmError as error:
             await reply.fail(error)
         except ClientGone:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from sllm.core.ids import ReplicaId
-from sllm.core.route import RouteTarget
+from sllm.core.route import Route, RouteTarget
 
 
 def choose(
@@ -30,3 +30,9 @@ def choose(
 
 def _order(target: RouteTarget, load: Mapping[ReplicaId, int]) -> tuple[int, float, str]:
     return -target.revision, load.get(target.replica, 0) / target.capacity, target.replica
+
+
+def is_stranded(route: Route, accepts: Callable[[int], bool]) -> bool:
+    """True if nothing will serve a request as it was tokenised: others serve, and its own revision was replaced."""
+    revisions = {route.deployment.revision, *(target.revision for target in route.targets)}
+    return bool(route.targets) and not any(accepts(revision) for revision in revisions)

@@ -14,9 +14,8 @@ from collections.abc import Iterable
 
 from sllm.core.ids import DeploymentName, ReplicaId, RequestId
 from sllm.core.route import RouteTarget
-from sllm.core.tokens import Finish, FinishReason, TokenOutput
 from sllm.errors import EngineFailed, NotFound, OperationFailed, SllmError, StaleGeneration, Unavailable
-from sllm.gateway.balancer import choose
+from sllm.gateway.balancer import choose, is_stranded
 from sllm.gateway.connections import Connection, Connections
 from sllm.gateway.hold import Hold
 from sllm.gateway.open_requests import OpenRequests
@@ -53,7 +52,7 @@ class Dispatcher:
         if self._draining is not None:
             self.fail(request, self._draining)
         if request.is_over:
-            _put_failure([sequence])
+            sequence.put_failure()
             return
         request.add(sequence)
         if request.target is not None:
@@ -83,7 +82,7 @@ class Dispatcher:
             level = logging.WARNING if isinstance(error, OperationFailed) else logging.INFO
             log.log(level, "%s for %r failed: %s", request.id, request.deployment, error.message)
             request.failure = error
-            _put_failure(self._stop(request))
+            self._stop_as_failed(request)
 
     async def drain(self, *, within_s: float) -> None:
         """Fail what waits, let run what runs, fail what still runs when the time is over."""
@@ -140,6 +139,7 @@ class Dispatcher:
         if request.target is None:
             request.target = target
             self._load[target.replica] += 1
+            request.phase, request.progress = "running", None
         connection = self._connections.to(target, self)
         for sequence in sequences:
             connection.start(sequence)
@@ -181,7 +181,7 @@ class Dispatcher:
             return
         request.moves += 1
         request.restart, request.revision = True, revision
-        _put_failure(self._stop(request))
+        self._stop_as_failed(request)
 
     # --- giving back -------------------------------------------------------------------------
 
@@ -192,6 +192,11 @@ class Dispatcher:
         for sequence in stopped:
             request.remove(sequence)
         return stopped
+
+    def _stop_as_failed(self, request: OpenRequest) -> None:
+        """Let its front end end its answer; why is in the request."""
+        for sequence in self._stop(request):
+            sequence.put_failure()
 
     def _release(self, request: OpenRequest) -> None:
         """Take a request off its replica; its sequences are not forgotten."""
@@ -227,20 +232,10 @@ class Dispatcher:
             target = self._room_for(request)
             if target is not None:
                 self._place(request, target)
-            elif self._is_stranded(request):
-                self._restart(request, self._current_revision(deployment))
-
-    def _is_stranded(self, request: OpenRequest) -> bool:
-        """True if nothing will ever serve the request as it was tokenised: its revision was replaced and is gone."""
-        route = self._routes.get(request.deployment)
-        if route is None or not route.targets:
-            return False
-        revisions = {route.deployment.revision, *(target.revision for target in route.targets)}
-        return not any(request.accepts(revision) for revision in revisions)
-
-    def _current_revision(self, deployment: DeploymentName) -> int:
-        route = self._routes.get(deployment)
-        return 0 if route is None else route.deployment.revision
+                continue
+            route = self._routes.get(deployment)
+            if route is not None and is_stranded(route, request.accepts):
+                self._restart(request, route.deployment.revision)
 
     # --- routes ------------------------------------------------------------------------------
 
@@ -249,22 +244,7 @@ class Dispatcher:
         self._connections.keep(targets)
         for deployment in list(self._held):
             if self._routes.get(deployment) is None:
-                self._fail_deleted(deployment)
+                for request in list(self._held[deployment].values()):
+                    self.fail(request, NotFound(f"the model {deployment!r} was deleted"))
             else:
                 self._offer_room(deployment)
-
-    def _fail_deleted(self, deployment: DeploymentName) -> None:
-        for request in list(self._held[deployment].values()):
-            self.fail(request, NotFound(f"the model {deployment!r} was deleted"))
-
-
-_FAILED = Finish(reason=FinishReason.ERROR)
-
-
-def _put_failure(sequences: list[Sequence]) -> None:
-    """Tell front ends that sequences failed; why is in their request."""
-    for sequence in sequences:
-        output = TokenOutput(
-            stream_id=sequence.stream_id, position=len(sequence.journal.tokens), token_ids=[], finish=_FAILED
-        )
-        sequence.sink.put([(sequence.key, output)], 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable
 
@@ -48,6 +49,7 @@ async def run(config: GatewayConfig, tail: LogTail) -> None:
     del tail  # nobody asks a gateway for its log over the network
     stop = lifecycle.stop_on_signals()
     sock = listen(config.listen)  # before vLLM's long import: a taken port should be told at once
+    os.environ.update(lifecycle.scratch_environment(config.state_dir.absolute() / "scratch"))
     from sllm.gateway import vllm_frontend  # not before vLLM's environment is needed
 
     vllm_frontend.prepare()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from sllm.core.ids import DeploymentName, ReplicaId, RequestId
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.route import RouteTarget
-from sllm.core.tokens import TokenOutput
+from sllm.core.tokens import Finish, FinishReason, TokenOutput
 from sllm.errors import SllmError
 from sllm.gateway.journal import Journal
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sllm.gateway.connections import Connection
 
 Batch = list[tuple[str, TokenOutput]]
+
+_FAILED = Finish(reason=FinishReason.ERROR)
 
 
 class Sink(Protocol):
@@ -44,6 +46,11 @@ class Sequence:
     reasoning_ended: bool | None = None
     connection: Connection | None = None
     stream_id: int = 0
+
+    def put_failure(self) -> None:
+        """Tell the front end that the sequence failed; why is in its request."""
+        output = TokenOutput(stream_id=self.stream_id, position=len(self.journal.tokens), token_ids=[], finish=_FAILED)
+        self.sink.put([(self.key, output)], 0.0)
 
 
 def _accepts_all(revision: int) -> bool:

@@ -22,12 +22,12 @@ from sllm.agent.warm.channel import Channel
 from sllm.agent.warm.host import ForkedHost
 from sllm.core.launch import Launch, WarmReady
 from sllm.errors import EngineFailed, InvalidConfiguration, SllmError
+from sllm.lifecycle import scratch_environment
 
 log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.5, 30.0)  # first and longest wait before it is spawned again
 _CLOSE_S = 5.0
-_SCRATCH_VARIABLES = ("TMPDIR", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR")
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -127,8 +127,7 @@ class WarmProcess:
 
     async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        # torch, vLLM and others leave files where these point; they are to stay in the agent's own folder.
-        environment |= dict.fromkeys(_SCRATCH_VARIABLES, str(self._scratch))
+        environment |= scratch_environment(self._scratch)
         output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             return await asyncio.create_subprocess_exec(
