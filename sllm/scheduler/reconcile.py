@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sllm.core.ids import DeploymentName
+from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import Scale, scale
@@ -42,6 +42,7 @@ class _Planner:
         self._actions: list[Action] = []
         self._reasons: dict[DeploymentName, str] = {}
         self._wakes: list[float] = []
+        self._ended: set[ReplicaId] = set()
 
     def plan(self) -> Plan:
         wake_at = min(self._wakes, default=None)
@@ -69,7 +70,7 @@ class _Planner:
         wanted = scale(view, self._snapshot, len(current), self._now)
         if wanted.until is not None and len(current) > wanted.needed:
             self._wakes.append(wanted.until)
-        let_go = self._start_missing(view, replicas, current, outdated, wanted)
+        let_go = self._start_missing(view, current, outdated, wanted)
         self._retire_outdated(view, current, [r for r in outdated if r not in let_go], wanted)
         self._retire_surplus(current, wanted)
 
@@ -78,7 +79,6 @@ class _Planner:
     def _start_missing(
         self,
         view: DeploymentView,
-        replicas: Sequence[ReplicaView],
         current: Sequence[ReplicaView],
         outdated: Sequence[ReplicaView],
         wanted: Scale,
@@ -89,7 +89,7 @@ class _Planner:
             placement = place_in(self._room, view)
             if isinstance(placement, Waiting):
                 self._reasons[view.name] = placement.text
-                return self._make_room(view, replicas, outdated)
+                return self._make_room(view, outdated)
             self._start(view, placement)
         return []
 
@@ -116,21 +116,40 @@ class _Planner:
             StartReplica(deployment=view.name, node=placement.node, devices=placement.devices, why=why)
         )
 
-    def _make_room(
-        self, view: DeploymentView, replicas: Sequence[ReplicaView], outdated: Sequence[ReplicaView]
-    ) -> list[ReplicaView]:
-        """No device is free: let outdated replicas go, but only those whose devices the new one will take."""
-        if any(not r.live for r in replicas):
+    def _make_room(self, view: DeploymentView, outdated: Sequence[ReplicaView]) -> list[ReplicaView]:
+        """No device is free: let replicas go whose devices the new one will take. Return the outdated among them.
+
+        Its own outdated replicas first; for requests that wait, also what others keep alive without needing it.
+        """
+        leaving = [r for r in self._snapshot.replicas.values() if not r.live or r.spec.id in self._ended]
+        room = self._room.without(leaving)
+        if isinstance(place_in(room, view), Placement):
             return []  # room is on its way
-        order = _idlest_first(self._snapshot, outdated)
+        order = [*_idlest_first(self._snapshot, outdated), *self._spare_elsewhere(view)]
         for count in range(1, len(order) + 1):
-            placement = place_in(self._room.without(order[:count]), view)
+            placement = place_in(room.without(order[:count]), view)
             if isinstance(placement, Placement):
                 chosen = [r for r in order[:count] if r.node == placement.node]
                 for replica in chosen:
-                    self._end(replica, f"makes room for revision {view.current.number}")
-                return chosen
+                    self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
+                return [r for r in chosen if r in outdated]
         return []
+
+    def _spare_elsewhere(self, view: DeploymentView) -> list[ReplicaView]:
+        """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3)."""
+        if view.name not in self._snapshot.held or not self._snapshot.loads_fresh:
+            return []
+        found: list[tuple[float, str, ReplicaView]] = []
+        for other in self._snapshot.deployments.values():
+            if other.name == view.name or other.name in self._snapshot.held:
+                continue
+            live = [r for r in self._replicas.get(other.name, []) if r.live and r.spec.id not in self._ended]
+            needed = max(other.needed, other.current.deployment.spec.min_replicas)
+            idle = [r for r in live if r.ready and not self._snapshot.loads.get(r.spec.id)]
+            unneeded_since = max(other.needed_at[needed:], default=0.0)
+            spare = _idlest_first(self._snapshot, idle)[: max(0, len(live) - needed)]
+            found.extend((unneeded_since, replica.spec.id, replica) for replica in spare)
+        return [replica for _, _, replica in sorted(found, key=lambda entry: entry[:2])]
 
     # -- ending
 
@@ -162,6 +181,9 @@ class _Planner:
             self._end(replica, "not needed any more")
 
     def _end(self, replica: ReplicaView, why: str) -> None:
+        if replica.spec.id in self._ended:
+            return  # it makes room for another deployment already
+        self._ended.add(replica.spec.id)
         if replica.ready:
             self._actions.append(DrainReplica(replica=replica.spec.id, why=why))
         else:

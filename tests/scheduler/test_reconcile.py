@@ -204,3 +204,55 @@ def test_what_runs_on_a_suspect_node_is_left_alone(make):
     view = make.deployment(needed=1, needed_at=[0.0])
     nodes = [make.node("a", state=NodeState.SUSPECT), make.node("b")]
     assert reconcile(make.snapshot(nodes=nodes, deployments=[view], replicas=[make.replica("x")]), 1.0).actions == ()
+
+
+def rivals(make, *, idle=("old", "new"), held="app", devices=2, loads=(), **changes):
+    """Every device of one node has a replica of another deployment, unneeded since 1, 2, … seconds."""
+    nodes = [leased(make, count=devices)]
+    others = [
+        make.deployment(name, needed_at=[float(n)], keep_alive_s=600.0, **changes) for n, name in enumerate(idle, 1)
+    ]
+    replicas = [make.replica(name, deployment=name, devices=[f"d{n}"]) for n, name in enumerate(idle)]
+    return make.snapshot(
+        nodes=nodes,
+        deployments=[make.deployment("app", needed=1), *others],
+        replicas=replicas,
+        held={held: 1} if held else {},
+        loads=dict(loads),
+    )
+
+
+def test_what_is_kept_alive_but_idle_makes_room_for_a_request_that_waits_the_longest_idle_first(make):
+    assert brief(reconcile(rivals(make), 10.0)) == [("drain", "rep-old")]
+
+
+def test_a_busy_replica_makes_no_room(make):
+    plan = reconcile(rivals(make, loads={"rep-old": 1, "rep-new": 1}), 10.0)
+    assert plan.actions == ()
+    assert plan.reasons == {"app": "waiting for a free device"}
+    assert brief(reconcile(rivals(make, loads={"rep-old": 1}), 10.0)) == [("drain", "rep-new")]
+
+
+def test_a_replica_within_its_minimum_makes_no_room(make):
+    assert reconcile(rivals(make, min_replicas=1), 10.0).actions == ()
+
+
+def test_nothing_makes_room_for_a_minimum_that_no_request_waits_for(make):
+    assert reconcile(rivals(make, held=None), 10.0).actions == ()
+
+
+def test_nothing_makes_room_while_a_gateway_is_silent(make):
+    assert reconcile(replace(rivals(make), loads_fresh=False), 10.0).actions == ()
+
+
+def test_one_replica_makes_room_once(make):
+    before = rivals(make)
+    leaving = replace(before.replicas["rep-old"], intent=Intent.DRAIN, command=Command.SENT)
+    assert reconcile(replace(before, replicas={**before.replicas, "rep-old": leaving}), 10.0).actions == ()
+
+
+def test_no_more_than_needed_makes_room(make):
+    snapshot = rivals(make, idle=("a", "b", "c"), devices=3)
+    wide = make.deployment("app", needed=1, devices=2)
+    plan = reconcile(replace(snapshot, deployments={**snapshot.deployments, "app": wide}), 10.0)
+    assert brief(plan) == [("drain", "rep-a"), ("drain", "rep-b")]
