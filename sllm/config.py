@@ -6,11 +6,12 @@ process' working directory. Secrets are never values here: keys are paths to fil
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sllm.core.ids import node_name
 from sllm.errors import InvalidConfiguration, SllmError
@@ -52,6 +53,21 @@ class LogConfig(_Section):
     json_lines: bool = Field(default=False, alias="json")
 
 
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _needs_tls(tls: TlsConfig | None, addresses: dict[str, str]) -> None:
+    """Nothing crosses a network in the clear."""
+    for key, address in addresses.items():
+        if tls is None and not _is_loopback(address):
+            raise ValueError(f"{key} = {address!r} is not on loopback, which needs a [tls] section")
+
+
 class ControllerConfig(_Section):
     listen: Address = "127.0.0.1:7700"
     state_dir: Path
@@ -64,6 +80,11 @@ class ControllerConfig(_Section):
     max_start_failures: int = Field(default=3, ge=1, description="failed starts in a row before giving up")
     start_backoff_s: float = Field(default=1.0, ge=0, description="doubles with each failed start")
     drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
+
+    @model_validator(mode="after")
+    def _secure(self) -> Self:
+        _needs_tls(self.tls, {"listen": self.listen})
+        return self
 
 
 class GatewayConfig(_Section):
@@ -78,6 +99,11 @@ class GatewayConfig(_Section):
     comment_after_s: float = Field(default=1.0, ge=0, description="then a held stream gets progress comments")
     comment_every_s: float = Field(default=1.0, gt=0)
     max_body_bytes: int = Field(default=10_000_000, gt=0)
+
+    @model_validator(mode="after")
+    def _secure(self) -> Self:
+        _needs_tls(self.tls, {"controller": self.controller})
+        return self
 
 
 class DevicesConfig(_Section):
@@ -125,6 +151,16 @@ class AgentConfig(_Section):
     sources: SourcesConfig = SourcesConfig()
     engine: EngineConfig = EngineConfig()
 
+    @model_validator(mode="after")
+    def _secure(self) -> Self:
+        addresses = {
+            "listen": self.listen,
+            "controller": self.controller,
+            "engine.bind_host": f"{self.engine.bind_host}:0",
+        }
+        _needs_tls(self.tls, addresses)
+        return self
+
 
 Config = TypeVar("Config", bound=_Section)
 
@@ -155,7 +191,7 @@ def _first_problem(error: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"]) or "(top level)"
     if first["type"] == "extra_forbidden":
         return f"unknown key {place!r}"
-    return f"{place}: {first['msg']}"
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def notify(**fields: str) -> None:
@@ -20,7 +23,11 @@ def notify(**fields: str) -> None:
     message = "\n".join(f"{name}={value}" for name, value in fields.items())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         # A leading @ stands for the abstract namespace.
-        sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        address = "\0" + path[1:] if path.startswith("@") else path
+        try:
+            sock.sendto(message.encode(), address)
+        except OSError as error:  # the supervisor is gone: what we do does not depend on it
+            log.warning("cannot notify the supervisor at %s: %s", path, error.strerror)
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 
 # systemd reads "<N>" at the start of a line as the syslog priority.
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-_PLAIN = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
+_PLAIN = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s"
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = {
-            "time": self.formatTime(record, _TIME),
+            "time": f"{self.formatTime(record, _TIME)}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -46,6 +47,7 @@ class LogTail(logging.Handler):
 
 def setup(*, level: str, json_lines: bool) -> LogTail:
     """Configure the root logger of this process and return its tail."""
+    logging.Formatter.converter = time.gmtime  # a cluster's logs are read side by side: UTC everywhere
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if json_lines else logging.Formatter(_PLAIN, _TIME))
     tail = LogTail()

@@ -43,6 +43,27 @@ def test_a_mistake_is_named_with_its_file(tmp_path: Path, text: str, named: str)
     assert str(path) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        'listen = "0.0.0.0:7710"\n',
+        '[engine]\nbind_host = "10.0.0.1"\n',
+        'listen = "node-1.example:7710"\n',
+        'listen = "[::]:7710"\n',
+    ],
+)
+def test_nothing_crosses_a_network_in_the_clear(tmp_path: Path, change: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"needs a \[tls\] section"):
+        load(written(tmp_path, AGENT + change), AgentConfig)
+    tls = '[tls]\nca = "a"\ncertificate = "b"\nkey = "c"\n'
+    assert load(written(tmp_path, AGENT + change + tls), AgentConfig).tls
+
+
+def test_loopback_needs_no_tls(tmp_path: Path) -> None:
+    for host in ("127.0.0.1", "localhost", "[::1]"):
+        assert load(written(tmp_path, AGENT + f'listen = "{host}:0"\n'), AgentConfig).tls is None
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfiguration, match="nowhere"):
         load(tmp_path / "nowhere.toml", ControllerConfig)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -28,6 +30,21 @@ def test_a_json_line_has_its_priority_and_its_exception(capsys: pytest.CaptureFi
     fields = json.loads(line[3:])
     assert fields["message"] == "it broke"
     assert "boom" in fields["exception"]
+
+
+def test_times_are_utc_whatever_the_machine_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        setup(level="info", json_lines=True)
+        logging.getLogger("x").info("now")
+        said = json.loads(capsys.readouterr().err.strip()[3:])["time"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert abs(datetime.fromisoformat(said) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 def test_the_tail_keeps_the_last_lines() -> None:

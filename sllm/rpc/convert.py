@@ -84,6 +84,19 @@ def to_proto(value: Any, message_type: type[Message]) -> Message:
     return message
 
 
+def pack(value: Any, message_type: type[Message]) -> bytes:
+    """Return the bytes of a dataclass value. Raises InvalidArgument for what no message can hold.
+
+    Done before grpc is asked to send: an exception in a serialiser of grpc's would send an empty message instead.
+    """
+    try:
+        return to_proto(value, message_type).SerializeToString()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"{type(value).__name__} cannot be sent: {error}", hint="is all text in it valid Unicode?"
+        ) from error
+
+
 def fill(message: Message, value: Any) -> None:
     """Set every field of an empty `message` from the dataclass `value`."""
     for field in _fields(type(value)):  # type: ignore[arg-type]  # every class is hashable

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sllm.errors import Conflict, SllmError
-from sllm.rpc.convert import from_proto, to_proto
+from sllm.rpc.convert import from_proto, pack
 from sllm.rpc.errors import from_rpc_error, status_of, trailer_of
 
 log = logging.getLogger(__name__)
@@ -136,33 +136,31 @@ def _handler(method: Method[Any, Any], function: Callable[..., Any]) -> grpc.Rpc
     def parse(data: bytes) -> Any:
         return method.request_message.FromString(data)
 
-    def pack(value: Any) -> bytes:
-        return to_proto(value, method.response_message).SerializeToString()
-
     if method.kind == "unary":
-        return grpc.unary_unary_rpc_method_handler(_unary(method, function), parse, pack)
-    return grpc.unary_stream_rpc_method_handler(_stream(method, function), parse, pack)
+        return grpc.unary_unary_rpc_method_handler(_unary(method, function), parse)
+    return grpc.unary_stream_rpc_method_handler(_stream(method, function), parse)
 
 
 def _unary(
     method: Method[Any, Any], function: Callable[[Any], Awaitable[Any]]
-) -> Callable[[Message, grpc.aio.ServicerContext], Awaitable[Any]]:
-    async def call(message: Message, context: grpc.aio.ServicerContext) -> Any:
+) -> Callable[[Message, grpc.aio.ServicerContext], Awaitable[bytes | None]]:
+    async def call(message: Message, context: grpc.aio.ServicerContext) -> bytes | None:
         try:
-            return await function(from_proto(message, method.request))
+            return pack(await function(from_proto(message, method.request)), method.response_message)
         except Exception as error:
             await abort(context, error, method.name)
+            return None  # not reached: abort raises
 
     return call
 
 
 def _stream(
     method: Method[Any, Any], function: Callable[[Any], AsyncIterator[Any]]
-) -> Callable[[Message, grpc.aio.ServicerContext], AsyncIterator[Any]]:
-    async def call(message: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+) -> Callable[[Message, grpc.aio.ServicerContext], AsyncIterator[bytes]]:
+    async def call(message: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         try:
             async for item in function(from_proto(message, method.request)):
-                yield item
+                yield pack(item, method.response_message)
         except Exception as error:
             await abort(context, error, method.name)
 
@@ -193,13 +191,12 @@ class Client:
         await self._channel.close()
 
     async def _unary(self, method: Method[Req, Resp], request: Req, *, timeout_s: float | None = None) -> Resp:
+        data = pack(request, method.request_message)
         call = self._channel.unary_unary(
-            f"/{self.service}/{method.name}",
-            request_serializer=lambda value: to_proto(value, method.request_message).SerializeToString(),
-            response_deserializer=method.response_message.FromString,
+            f"/{self.service}/{method.name}", response_deserializer=method.response_message.FromString
         )
         try:
-            message = await call(request, timeout=timeout_s or method.deadline_s)
+            message = await call(data, timeout=timeout_s or method.deadline_s)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self.peer) from error
         return from_proto(message, method.response)
@@ -207,12 +204,11 @@ class Client:
     async def _stream(
         self, method: Method[Req, Resp], request: Req, *, timeout_s: float | None = None
     ) -> AsyncGenerator[Resp, None]:
+        data = pack(request, method.request_message)
         open_call = self._channel.unary_stream(
-            f"/{self.service}/{method.name}",
-            request_serializer=lambda value: to_proto(value, method.request_message).SerializeToString(),
-            response_deserializer=method.response_message.FromString,
+            f"/{self.service}/{method.name}", response_deserializer=method.response_message.FromString
         )
-        call = open_call(request, timeout=timeout_s)
+        call = open_call(data, timeout=timeout_s)
         try:
             async for message in call:
                 yield from_proto(message, method.response)

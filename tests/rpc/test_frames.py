@@ -19,7 +19,7 @@ from sllm.core.tokens import (
 )
 from sllm.errors import EngineFailed, InvalidArgument
 from sllm.rpc import engine_pb2
-from sllm.rpc.engine import pack_client_frame, pack_step, parse_client_frame, parse_step
+from sllm.rpc.frames import pack_client_frame, pack_step, parse_client_frame, parse_step
 
 U32 = st.integers(0, 2**32 - 1)
 TOKENS = st.lists(U32, max_size=5)
@@ -99,6 +99,12 @@ def test_an_error_in_a_finish_keeps_its_class_and_text() -> None:
     assert again is not None
     assert isinstance(again.error, EngineFailed)
     assert again.error.hint == "look"
+
+
+def test_what_no_frame_can_hold_is_refused_before_it_is_sent() -> None:
+    request = TokenRequest(stream_id=1, request_id=RequestId("req-1"), token_ids=[2**40], sampling_params=b"{}")
+    with pytest.raises(InvalidArgument):
+        pack_client_frame(request)
 
 
 def test_an_unknown_frame_is_refused() -> None:

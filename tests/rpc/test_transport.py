@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from sllm.core.ids import DeploymentName, RequestId
 from sllm.core.route import RouteTable
-from sllm.errors import Conflict, DeadlineExceeded, NotFound, QueueFull, SllmError, Unavailable
+from sllm.errors import Conflict, DeadlineExceeded, InvalidArgument, NotFound, QueueFull, SllmError, Unavailable
 from sllm.rpc import routes
 from sllm.rpc.control import Empty
 from sllm.rpc.routes import AcquireRequest, AcquireUpdate, ReportLoadRequest, RouteClient, WatchRoutesRequest
@@ -92,6 +92,12 @@ async def test_the_text_of_a_foreign_exception_never_leaves_the_server(service: 
         await client.report_load(REPORT)
     assert "hunter2" not in caught.value.message
     assert caught.value.hint
+
+
+async def test_what_cannot_be_sent_is_refused_here_and_not_sent_as_nothing(service: tuple[Routes, RouteClient]) -> None:
+    _, client = service
+    with pytest.raises(InvalidArgument, match="cannot be sent"):
+        await client.report_load(ReportLoadRequest(gateway="\udcff"))
 
 
 async def test_a_consumer_that_leaves_a_stream_ends_it_at_the_server(service: tuple[Routes, RouteClient]) -> None:
