@@ -23,9 +23,12 @@ WRITTEN_CHATS = Path(__file__).with_name("chats.json")
 PROSE_LINE = 50  # Documentation wraps prose at about 70 columns; code rarely has only lines this long.
 ANSWER_CHARS = 240  # Long enough for two or three sentences, short enough to be learnt to its end.
 SYSTEM_SHARE = 0.25
-TOOL_SHARE = 0.12
+TOOL_SHARE = 0.15
 WRITTEN_SHARE = 0.6
-PLAIN_TURNS_WITH_TOOLS = 0.3
+AS_WRITTEN_SHARE = 0.5
+LOWER_CASE_SHARE = 0.3
+PLAIN_TURNS_WITH_TOOLS = 0.2
+MOST_TOOL_TURNS = 3
 
 TOPIC_QUESTIONS = (
     "What is {}?",
@@ -47,15 +50,25 @@ SYSTEM_PROMPTS = (
     "You are an expert in Python.",
 )
 
+TYPING_STYLES = (
+    "{}",
+    "Hello! {}",
+    "Please tell me: {}",
+    "{} Please answer in one sentence.",
+    "{} Thanks!",
+)
+
+FILLERS = {"a", "an", "are", "do", "does", "I", "in", "is", "me", "of", "the"}
+
 CITIES = (
-    "Amsterdam", "Athens", "Beijing", "Berlin", "Boston", "Brussels", "Cairo", "Chicago",
-    "Copenhagen", "Delhi", "Dublin", "Geneva", "Hamburg", "Helsinki", "Istanbul", "Lagos", "Lima",
-    "Lisbon", "London", "Los Angeles", "Madrid", "Melbourne", "Mexico City", "Milan", "Montreal",
-    "Moscow", "Munich", "Nairobi", "New York", "Oslo", "Paris", "Prague", "Rome", "San Francisco",
-    "Seattle", "Seoul", "Singapore", "Stockholm", "Sydney", "Tokyo", "Toronto", "Vienna", "Warsaw",
-    "Zurich",
+    "Amsterdam", "Berlin", "Boston", "Cairo", "Chicago", "Dublin", "Helsinki", "Lima", "Lisbon", "London",
+    "Madrid", "Oslo", "Paris", "Prague", "Rome", "Seattle", "Sydney", "Tokyo", "Vienna", "Zurich",
 )  # fmt: skip
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "clear")
+NUMBERS = tuple(f"{number:02}" for number in (*range(5, 31), *range(35, 60, 5)))
+# What a tool conversation copies from one turn to the next. Few words, so that each can be one token: the model
+# then only has to find them, not to spell them.
+COPIED_WORDS = CITIES + SKIES + NUMBERS
 
 
 @dataclass(frozen=True)
@@ -76,11 +89,16 @@ class Conversation:
 class ToolUse:
     """One question that needs a tool, from the question to the final answer."""
 
-    schema: dict[str, Any]
     question: str
     arguments: dict[str, Any]
     result: dict[str, Any]
     answer: str
+
+
+@dataclass(frozen=True)
+class Tool:
+    schema: dict[str, Any]
+    use: Callable[[random.Random], ToolUse]
 
 
 # Documentation
@@ -95,10 +113,12 @@ def paragraphs(text: str) -> list[str]:
 def unwrapped(block: str) -> str:
     lines = block.strip().splitlines()
     is_prose = all(len(line) >= PROSE_LINE for line in lines[:-1])
-    if not is_prose:
-        return "\n".join(line.rstrip() for line in lines)
-    joined = re.sub(r"\s+", " ", " ".join(lines))
-    return re.sub(r"(?<=\w)- (?=\w)", "-", joined)  # A line may end inside a word such as "non-empty".
+    return one_line(block) if is_prose else "\n".join(line.rstrip() for line in lines)
+
+
+def one_line(block: str) -> str:
+    line = re.sub(r"\s+", " ", block.strip())
+    return re.sub(r"(?<=\w)- (?=\w)", "-", line)  # A line may have ended inside a word such as "non-empty".
 
 
 def documentation() -> list[str]:
@@ -107,7 +127,7 @@ def documentation() -> list[str]:
 
 def first_sentences(text: str) -> str:
     """As many whole sentences from the beginning of a text as fit an answer, without their emphasis marks."""
-    plain = re.sub(r"\*(\w[\w ]*)\*", r"\1", unwrapped(text))
+    plain = re.sub(r"\*(\w[\w ]*)\*", r"\1", one_line(text))
     first, *rest = re.split(r"(?<=[.:])\s+(?=[A-Z])", plain)
     answer = re.sub(r":$", ".", first)
     for sentence in rest:
@@ -181,25 +201,20 @@ def schema(name: str, description: str, **parameters: str) -> dict[str, Any]:
 
 
 def weather(rng: random.Random) -> ToolUse:
-    city, sky, degrees = rng.choice(CITIES), rng.choice(SKIES), rng.randint(0, 35)
-    name = rng.choice(("get_weather", "get_current_weather"))
-    parameter = rng.choice(("city", "location"))
-    description = rng.choice(("Get the weather of a city", "Get the current weather in a given location"))
+    city, sky, degrees = rng.choice(CITIES), rng.choice(SKIES), rng.randint(10, 30)
     questions = ("What is the weather in {}?", "How is the weather in {}?", "What's the weather like in {}?")
     return ToolUse(
-        schema(name, description, **{parameter: "string"}),
         rng.choice(questions).format(city),
-        {parameter: city},
+        {"city": city},
         {"temperature": degrees, "sky": sky},
         f"It is {sky} in {city}, with a temperature of {degrees} degrees.",
     )
 
 
 def local_time(rng: random.Random) -> ToolUse:
-    city, time = rng.choice(CITIES), f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
+    city, time = rng.choice(CITIES), f"{rng.randint(5, 23):02}:{rng.randrange(5, 60, 5):02}"
     questions = ("What time is it in {}?", "Tell me the time in {}.", "What is the local time in {}?")
     return ToolUse(
-        schema("get_time", "Get the local time of a city", city="string"),
         rng.choice(questions).format(city),
         {"city": city},
         {"time": time},
@@ -207,23 +222,10 @@ def local_time(rng: random.Random) -> ToolUse:
     )
 
 
-def addition(rng: random.Random) -> ToolUse:
-    a, b = rng.randint(0, 99), rng.randint(0, 99)
-    questions = ("What is {} + {}?", "Add {} and {}.", "What is {} plus {}?")
-    return ToolUse(
-        schema("add", "Add two numbers", a="integer", b="integer"),
-        rng.choice(questions).format(a, b),
-        {"a": a, "b": b},
-        {"sum": a + b},
-        f"The sum is {a + b}.",
-    )
-
-
 def timer(rng: random.Random) -> ToolUse:
-    minutes = rng.randint(2, 60)
+    minutes = rng.randrange(10, 60, 5)
     questions = ("Set a timer for {} minutes.", "Wake me in {} minutes.", "Start a timer of {} minutes.")
     return ToolUse(
-        schema("set_timer", "Start a timer", minutes="integer"),
         rng.choice(questions).format(minutes),
         {"minutes": minutes},
         {"status": "started"},
@@ -231,7 +233,11 @@ def timer(rng: random.Random) -> ToolUse:
     )
 
 
-TOOLS: tuple[Callable[[random.Random], ToolUse], ...] = (weather, local_time, addition, timer)
+TOOLS = (
+    Tool(schema("get_weather", "Get the weather of a city", city="string"), weather),
+    Tool(schema("get_time", "Get the local time of a city", city="string"), local_time),
+    Tool(schema("set_timer", "Start a timer", minutes="integer"), timer),
+)
 
 
 # Conversations
@@ -241,8 +247,8 @@ class ConversationWriter:
     """Draws random conversations; the same seed gives the same ones."""
 
     def __init__(self, written: Sequence[Chat], python: Sequence[Chat], seed: int) -> None:
-        self._written = written
-        self._python = python
+        self._written = [(question, chat.answer) for chat in written for question in chat.questions]
+        self._python = [(question, chat.answer) for chat in python for question in chat.questions]
         self._rng = random.Random(seed)
 
     def conversation(self) -> Conversation:
@@ -259,37 +265,39 @@ class ConversationWriter:
         return [{"role": "system", "content": self._rng.choice(SYSTEM_PROMPTS)}]
 
     def _plain_turn(self) -> list[Message]:
-        chats = self._written if self._rng.random() < WRITTEN_SHARE else self._python
-        chat = self._rng.choice(chats)
-        question = self._as_typed(self._rng.choice(chat.questions))
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": chat.answer}]
+        pairs = self._written if self._rng.random() < WRITTEN_SHARE else self._python
+        question, answer = self._rng.choice(pairs)
+        return [
+            {"role": "user", "content": self._as_typed(question)},
+            {"role": "assistant", "content": answer},
+        ]
 
     def _as_typed(self, question: str) -> str:
-        """The question as a hasty or a polite user types it, so that neither changes the answer."""
-        style = self._rng.random()
-        if style < 0.1:
-            return question.lower()
-        if style < 0.2:
-            return question.rstrip("?.!")
-        if style < 0.25:
-            return f"Hello! {question}"
-        if style < 0.3:
-            return f"Please tell me: {question}"
-        return question
+        """The question as different users type it, so that the answer hangs on the words that matter."""
+        if self._rng.random() < AS_WRITTEN_SHARE:
+            return question
+        style = self._rng.choice(TYPING_STYLES)
+        if style == "{}":
+            question = " ".join(word for word in question.split() if word not in FILLERS)
+        typed = style.format(question)
+        return typed.lower() if self._rng.random() < LOWER_CASE_SHARE else typed
 
     def _tool_conversation(self, system: list[Message]) -> Conversation:
-        uses = [make(self._rng) for make in self._rng.sample(TOOLS, self._rng.randint(1, 3))]
-        tools = [use.schema for use in uses]
-        if self._rng.random() < PLAIN_TURNS_WITH_TOOLS:
-            return Conversation(system + self._plain_turn(), tools)
-        return Conversation(system + tool_turn(self._rng.choice(uses)), tools)
+        tools = self._rng.sample(TOOLS, self._rng.randint(1, len(TOOLS)))
+        messages = list(system)
+        for _ in range(self._rng.randint(1, MOST_TOOL_TURNS)):
+            if self._rng.random() < PLAIN_TURNS_WITH_TOOLS:
+                messages += self._plain_turn()
+            else:
+                messages += self._tool_turn(self._rng.choice(tools))
+        return Conversation(messages, [tool.schema for tool in tools])
 
-
-def tool_turn(use: ToolUse) -> list[Message]:
-    function = {"name": use.schema["function"]["name"], "arguments": use.arguments}
-    return [
-        {"role": "user", "content": use.question},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
-        {"role": "tool", "content": json.dumps(use.result)},
-        {"role": "assistant", "content": use.answer},
-    ]
+    def _tool_turn(self, tool: Tool) -> list[Message]:
+        use = tool.use(self._rng)
+        function = {"name": tool.schema["function"]["name"], "arguments": use.arguments}
+        return [
+            {"role": "user", "content": use.question},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+            {"role": "tool", "content": json.dumps(use.result)},
+            {"role": "assistant", "content": use.answer},
+        ]

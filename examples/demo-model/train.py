@@ -15,11 +15,11 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from corpus import Conversation, ConversationWriter, Message, documentation, python_chats, written_chats
+from corpus import COPIED_WORDS, Conversation, ConversationWriter, Message, documentation, python_chats, written_chats
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -94,6 +94,7 @@ LONG_WINDOW = 1024
 LONG_EVERY = 4  # Every fourth step reads long windows, so that long chats do not leave the trained positions.
 CONVERSATIONS = 12_000
 DOCUMENTATION_SHARE = 0.25
+COPIED_REPEATS = 150  # Often enough for each of these words to become one token.
 LOG_EVERY = 50
 
 SAMPLE_QUESTIONS = (
@@ -162,12 +163,13 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 class Windows:
     """Draws training windows from tokenised documents and chats, each of which ends with the end-of-text token."""
 
-    def __init__(self, documents: Sequence[list[int]], chats: Sequence[list[int]], seed: int) -> None:
+    def __init__(self, documents: list[list[int]], chats: list[list[int]], seed: int) -> None:
         self._documents = documents
         self._chats = chats
         self._rng = random.Random(seed)
 
     def batch(self, rows: int, length: int) -> Tensor:
+        """Rows of `length` tokens and of the token that follows them."""
         return torch.tensor([self._window(length + 1) for _ in range(rows)])
 
     def _window(self, length: int) -> list[int]:
@@ -178,14 +180,15 @@ class Windows:
         start = self._rng.choice((0, self._rng.randrange(len(document))))
         return self._filled(document[start:], self._documents, length)
 
-    def _filled(self, tokens: list[int], pool: Sequence[list[int]], length: int) -> list[int]:
-        window = list(tokens)
+    def _filled(self, tokens: list[int], pool: list[list[int]], length: int) -> list[int]:
+        window = tokens
         while len(window) < length:
-            window += self._rng.choice(pool)
+            window = window + self._rng.choice(pool)
         return window[:length]
 
 
 def tokenised(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
+    # Documents may be longer than the context, which a tokenizer would warn about: windows cut them.
     return [tokenizer.encode(text + END_OF_TEXT, verbose=False) for text in texts]
 
 
@@ -314,7 +317,8 @@ def main() -> None:
     chat_texts = rendered(writer.conversation() for _ in range(CONVERSATIONS))
     documents = documentation()
     # A tenth of the chats is as much text as the documentation: neither crowds the other out of the vocabulary.
-    tokenizer = train_tokenizer(documents + chat_texts[: CONVERSATIONS // 10])
+    copied = [f"{word} {word}" for word in COPIED_WORDS] * COPIED_REPEATS
+    tokenizer = train_tokenizer(documents + chat_texts[: CONVERSATIONS // 10] + copied)
     windows = Windows(tokenised(tokenizer, documents), tokenised(tokenizer, chat_texts), SEED)
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens in the vocabulary", flush=True)
