@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".demo"
 SLLM = Path(sys.executable).with_name("sllm")
 MODEL = "demo"
-QUESTION = "What is a serverless LLM service?"
+QUESTION = "Explain serverless computing in one sentence."
 START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 60
 

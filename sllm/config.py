@@ -77,6 +77,7 @@ class ControllerConfig(_Section):
     suspect_after: int = Field(default=3, ge=1, description="missed heartbeats")
     node_lease_s: float = Field(default=15.0, gt=0, description="a silent node is dead after this")
     queue_per_deployment: int = Field(default=256, ge=1, description="requests held at most")
+    queue_per_gateway: int = Field(default=128, ge=1, description="of them from one gateway, over all deployments")
     max_start_failures: int = Field(default=3, ge=1, description="failed starts in a row before giving up")
     start_backoff_s: float = Field(default=1.0, ge=0, description="doubles with each failed start")
     drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
@@ -99,6 +100,7 @@ class GatewayConfig(_Section):
     comment_after_s: float = Field(default=1.0, ge=0, description="then a held stream gets progress comments")
     comment_every_s: float = Field(default=1.0, gt=0)
     max_body_bytes: int = Field(default=10_000_000, gt=0)
+    front_ends: int = Field(default=32, ge=1, description="of more, the longest unused are closed")
 
     @model_validator(mode="after")
     def _secure(self) -> Self:

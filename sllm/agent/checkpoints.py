@@ -56,11 +56,14 @@ class Checkpoints:
         self._using = using
         self._on_change = on_change
         self._adding: dict[CheckpointName, _Adding] = {}
+        self._removing: set[CheckpointName] = set()
         self._turn = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def add(self, name: CheckpointName, source: str) -> AsyncIterator[AddProgress]:
         """Yield progress; the last has the checkpoint. The same name and source again joins the work under way."""
+        if name in self._removing:
+            raise Conflict(f"checkpoint {name!r} is being removed", hint="wait until it is gone")
         adding = self._adding.get(checkpoint_name(name)) or self._begin(name, source)
         if adding.source != source:
             raise Conflict(f"checkpoint {name!r} is being added from {adding.source}")
@@ -74,14 +77,20 @@ class Checkpoints:
         yield AddProgress(done_bytes=total, total_bytes=total, checkpoint=manifest.checkpoint)
 
     async def remove(self, name: CheckpointName) -> None:
-        """Raises NotFound, Conflict."""
+        """Return when its files are gone. Raises NotFound, Conflict."""
         if name in self._adding:
             raise Conflict(f"checkpoint {name!r} is being added", hint="wait until it is there")
         digest = self._store.named(name).checkpoint.digest
         users = self._using(digest)
         if users:
             raise Conflict(f"checkpoint {name!r} is used by replica {users[0]}", hint="delete its deployment first")
-        await asyncio.to_thread(self._store.remove, name)
+        # Out of the store before anything is waited for: a start that comes meanwhile finds none.
+        manifest = self._store.withdraw(name)
+        self._removing.add(name)
+        try:
+            await asyncio.to_thread(self._store.discard, manifest)
+        finally:
+            self._removing.discard(name)
         if all(manifest.checkpoint.digest != digest for manifest in self._store.manifests()):
             self._weights.forget(digest)
         log.info("checkpoint %s is removed", name)

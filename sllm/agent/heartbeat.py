@@ -23,7 +23,9 @@ CONFLICT_PATIENCE_S = 10.0
 
 
 class Heartbeat:
-    """`make_report` gives the node as it is now; `on_epoch` hears of the leader's epoch."""
+    """`make_report` gives the node as it is now; `on_epoch` hears of the leader's epoch; `on_tick` is called
+    before each report that is due by time.
+    """
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class Heartbeat:
         changes: Changes,
         make_report: Callable[[], NodeReport],
         on_epoch: Callable[[int], None],
+        on_tick: Callable[[], None],
         *,
         conflict_patience_s: float = CONFLICT_PATIENCE_S,
     ) -> None:
@@ -38,6 +41,7 @@ class Heartbeat:
         self._changes = changes
         self._make_report = make_report
         self._on_epoch = on_epoch
+        self._on_tick = on_tick
         self._conflict_patience_s = conflict_patience_s
         self._answered = -1  # the revision that the controller is known to hold
         self._every_s = 2.0
@@ -86,7 +90,7 @@ class Heartbeat:
             async with asyncio.timeout(self._every_s):
                 await self._changes.wait_beyond(self._answered)
         except TimeoutError:
-            pass
+            self._on_tick()
 
     async def _send(self) -> HeartbeatResponse:
         report = self._make_report()

@@ -43,6 +43,7 @@ class Facts:
     devices: tuple[Device, ...]
     holders: Mapping[DeviceId, ReplicaId]
     manifests: tuple[Manifest, ...]
+    damaged: tuple[Manifest, ...]  # of those on SSD, none of `manifests`
     in_memory: tuple[InMemory, ...]
     replicas: tuple[ReplicaStatus, ...]
     ssd: TierUsage
@@ -65,8 +66,8 @@ def report(identity: Identity, facts: Facts) -> NodeReport:
         warm=warm is not None,
         devices=tuple(_leased(device, facts) for device in facts.devices),
         tiers=(facts.ssd, facts.dram, TierUsage(tier=Tier.DEVICE, capacity_bytes=device_bytes, used_bytes=used_bytes)),
-        residencies=(*_on_ssd(facts.manifests), *_in_dram(facts), *on_devices),
-        checkpoints=tuple(manifest.checkpoint for manifest in facts.manifests),
+        residencies=(*_on_ssd(facts), *_in_dram(facts), *on_devices),
+        checkpoints=tuple(manifest.checkpoint for manifest in (*facts.manifests, *facts.damaged)),
         replicas=facts.replicas,
         architectures=warm.architectures if warm else (),
     )
@@ -82,9 +83,11 @@ def _leased(device: Device, facts: Facts) -> Device:
     return replace(device, state=DeviceState.LEASED, memory_used_bytes=used_bytes)
 
 
-def _on_ssd(manifests: Iterable[Manifest]) -> Iterable[Residency]:
-    for manifest in manifests:
+def _on_ssd(facts: Facts) -> Iterable[Residency]:
+    for manifest in facts.manifests:
         yield _residency(manifest, Tier.SSD, ResidencyState.READY)
+    for manifest in facts.damaged:
+        yield _residency(manifest, Tier.SSD, ResidencyState.QUARANTINED)
 
 
 def _in_dram(facts: Facts) -> Iterable[Residency]:

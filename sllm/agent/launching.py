@@ -12,6 +12,7 @@ from pathlib import Path
 from sllm.agent.hosts import EngineHost
 from sllm.agent.logs import prune, tail_lines
 from sllm.agent.records import Records
+from sllm.agent.scratch import Scratch
 from sllm.agent.warm.base import HostProcess, Warm
 from sllm.config import AgentConfig
 from sllm.core.device import Device, DeviceKind
@@ -34,6 +35,7 @@ class Launcher:
     tls: Tls | None
     warm: Warm
     records: Records
+    scratch: Scratch
     log_folder: Path
 
     def log_path(self, replica: ReplicaId) -> Path:
@@ -91,6 +93,7 @@ class Launcher:
             tensors=weights.tensors,
             execution_dir=str(execution_folder),
             record_path=str(self.records.path(spec.id)),
+            scratch_dir=str(self.scratch.path(spec.id)),
             bind_host=engine.bind_host,
             device_kind=kind,
             device_ids=tuple(device.id for device in devices),

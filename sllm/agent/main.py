@@ -10,14 +10,15 @@ from typing import Any
 
 from sllm import lifecycle
 from sllm.agent.changes import Changes
+from sllm.agent.children import Children
 from sllm.agent.devices import open_devices
 from sllm.agent.folders import Folders, lock, prepare
 from sllm.agent.heartbeat import Heartbeat
 from sllm.agent.node import LocalNode, open_pool
-from sllm.agent.processes import become_subreaper
 from sllm.agent.service import Agent
 from sllm.agent.warm.process import WarmProcess, command
 from sllm.config import AgentConfig
+from sllm.linux import become_subreaper
 from sllm.log import LogTail
 from sllm.rpc import agents, transport
 from sllm.rpc.identity import load_tls
@@ -47,12 +48,18 @@ async def run(config: AgentConfig, tail: LogTail) -> None:
 
 
 def _open(config: AgentConfig, tls: Tls | None, folders: Folders) -> LocalNode:
-    """Put the node together. The warm process is spawned here, before there is any gRPC server."""
-    changes = Changes()
+    """Put the node together. The warm process is spawned by a task that begins here; gRPC's threads may be there by
+    then, which is why nothing of ours runs between its fork and its exec (see `tether`)."""
+    changes, children = Changes(), Children()
+    children.watch()
     pool = open_pool(config.store)
     devices = open_devices(config.devices, reserved_bytes=pool.budget_bytes)
     warm = WarmProcess(
-        lambda fd: command(config.engine.kind, fd), folders.log / "warm.log", folders.scratch, changes.notify
+        lambda fd: command(config.engine.kind, fd),
+        folders.log / "warm.log",
+        folders.scratch / "shared",
+        children,
+        changes.notify,
     )
     return LocalNode(config, tls, folders, pool=pool, devices=devices, warm=warm, changes=changes)
 
@@ -63,7 +70,7 @@ async def _serve(node: LocalNode, tls: Tls | None, agent: Agent, stop: asyncio.E
     server, port = await transport.serve([agents.handlers(agent)], config.listen, tls)
     address = config.advertise or f"{config.listen.rpartition(':')[0]}:{port}"
     controller = NodeClient(config.controller, tls, peer="the controller")
-    heartbeat = Heartbeat(controller, node.changes, lambda: node.report(address), agent.learn_epoch)
+    heartbeat = Heartbeat(controller, node.changes, lambda: node.report(address), agent.learn_epoch, node.survey.look)
     try:
         lifecycle.notify(READY="1", X_ADDRESS=address)
         log.info("agent %s serves at %s", config.name, address)

@@ -14,6 +14,8 @@ from sllm.agent.inventory import Facts, Identity, InMemory, report
 from sllm.agent.launching import Launcher
 from sllm.agent.records import Records
 from sllm.agent.replicas import Replicas
+from sllm.agent.scratch import Scratch
+from sllm.agent.survey import Seen, Survey
 from sllm.agent.warm.base import Warm
 from sllm.agent.weights import Weights
 from sllm.config import AgentConfig, StoreConfig
@@ -45,13 +47,23 @@ class LocalNode:
     ) -> None:
         self.config = config
         self.changes = changes
-        self.devices = devices
         self.warm = warm
         self.store = SsdStore(folders.checkpoints, config.store.ssd_bytes)
         self.weights = Weights(pool, self.store, changes.notify)
         self.records = Records(folders.run)
-        launcher = Launcher(config=config, tls=tls, warm=warm, records=self.records, log_folder=folders.log)
-        self.replicas = Replicas(launcher, self.weights, self.store, self.devices, self.changes.notify)
+        store = self.store
+        self.survey = Survey(
+            lambda: Seen(devices=devices.probe(), ssd_capacity_bytes=store.capacity_bytes), changes.notify
+        )
+        launcher = Launcher(
+            config=config,
+            tls=tls,
+            warm=warm,
+            records=self.records,
+            scratch=Scratch(folders.scratch / "replicas"),
+            log_folder=folders.log,
+        )
+        self.replicas = Replicas(launcher, self.weights, self.store, self.survey.devices, self.changes.notify)
         self.checkpoints = Checkpoints(
             self.store,
             self.weights,
@@ -61,7 +73,6 @@ class LocalNode:
             on_change=self.changes.notify,
         )
         self._incarnation = secrets.token_hex(8)
-        self._devices_seen = self.devices.probe()
 
     async def _architectures(self) -> tuple[str, ...]:
         try:
@@ -71,10 +82,6 @@ class LocalNode:
 
     def report(self, address: str) -> NodeReport:
         """Return the node as it is now."""
-        devices = self.devices.probe()
-        if devices != self._devices_seen:  # no event tells: it is seen when somebody looks
-            self._devices_seen = devices
-            self.changes.notify()
         return report(self._identity(address), self._facts())
 
     async def close(self, *, stop_hosts: bool) -> None:
@@ -87,6 +94,7 @@ class LocalNode:
         await self.warm.close()
         self.records.close()
         self.weights.close()
+        self.survey.close()
 
     def _identity(self, address: str) -> Identity:
         return Identity(
@@ -102,14 +110,19 @@ class LocalNode:
         return Facts(
             revision=self.changes.revision,
             warm=self.warm.about,
-            devices=self._devices_seen,
+            devices=self.survey.devices(),
             holders=self.replicas.leases.holders,
             manifests=self.store.manifests(),
+            damaged=self.store.damaged(),
             in_memory=tuple(
                 InMemory(digest=held.digest, size_bytes=held.size_bytes, ready=held.ready) for held in pool.regions()
             ),
             replicas=self.replicas.statuses(),
-            ssd=TierUsage(tier=Tier.SSD, capacity_bytes=self.store.capacity_bytes, used_bytes=self.store.used_bytes),
+            ssd=TierUsage(
+                tier=Tier.SSD,
+                capacity_bytes=self.survey.seen.ssd_capacity_bytes,
+                used_bytes=self.store.used_bytes,
+            ),
             dram=TierUsage(tier=Tier.DRAM, capacity_bytes=pool.budget_bytes, used_bytes=pool.used_bytes),
         )
 

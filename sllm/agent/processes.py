@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36
-
-
-def become_subreaper() -> None:
-    """Make orphans among our descendants our children: engine hosts are forked by the warm process, twice removed."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def start_ticks(pid: int) -> int | None:
-    """Return when a process began (field 22 of /proc/PID/stat), or None if it is gone or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])
+from sllm.linux import start_ticks
 
 
 def open_process(pid: int, ticks: int | None = None) -> int | None:

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import shutil
 from pathlib import Path
 
 from sllm.agent.changes import Changes
@@ -59,12 +58,9 @@ class Records:
         self.path(replica).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what killed hosts left: they keep their temporary files here. Only while none is alive."""
+        """Remove the unfinished records of killed hosts. Only while none is alive."""
         for path in self._folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._watch)

@@ -56,7 +56,7 @@ class Replica:
         self._gone = gone
         self._tracked = Tracked(
             status=ReplicaStatus(spec=spec, state=ReplicaState.STARTING, started_at=time.time()),
-            phase_since=time.time(),
+            phase_since=time.monotonic(),
         )
         self._host: EngineHost | None = None
         self._life: asyncio.Task[None] | None = None
@@ -105,7 +105,8 @@ class Replica:
             await asyncio.wait([self._life])
 
     def _apply(self, event: Event) -> None:
-        before, self._tracked = self._tracked, step(self._tracked, event, time.time())
+        before = self._tracked
+        self._tracked = step(before, event, time.monotonic(), wall=time.time())
         if self._tracked != before:
             self._on_change()
 

@@ -7,7 +7,6 @@ import logging
 import signal
 from collections.abc import Callable
 
-from sllm.agent.devices.base import DeviceSource
 from sllm.agent.launching import Launcher
 from sllm.agent.leases import Leases
 from sllm.agent.replica import Replica
@@ -27,14 +26,15 @@ ADOPT_S = 5.0  # a host that does not answer for so long is no use to anyone
 
 
 class Replicas:
-    """`on_change` is called whenever what the node has to report of its replicas changed."""
+    """`devices` gives the node's devices as they were last seen; `on_change` is called whenever what the node has to
+    report of its replicas changed."""
 
     def __init__(
         self,
         launcher: Launcher,
         weights: Weights,
         store: SsdStore,
-        devices: DeviceSource,
+        devices: Callable[[], tuple[Device, ...]],
         on_change: Callable[[], None],
     ) -> None:
         self.leases = Leases()
@@ -65,7 +65,7 @@ class Replicas:
             _check_repeated(self._replicas[spec.id].spec, spec)
             return
         manifest = self._store.with_digest(spec.digest)
-        devices = self.leases.take(spec.id, spec.devices, self._devices.probe())
+        devices = self.leases.take(spec.id, spec.devices, self._devices())
         try:
             _check_room(manifest, devices)
         except CapacityExceeded:
@@ -92,6 +92,7 @@ class Replicas:
                 self._launcher.records.remove(record.replica)
         if not self._replicas:
             self._launcher.records.clear()
+        await asyncio.to_thread(self._launcher.scratch.keep_only, tuple(self._replicas))
         waiting = [asyncio.create_task(replica.reported.wait()) for replica in self._replicas.values()]
         if waiting:
             _, silent = await asyncio.wait(waiting, timeout=ADOPT_S)
@@ -138,7 +139,7 @@ class Replicas:
         if process is None:
             return False
         try:
-            devices = self.leases.take(record.replica, record.spec.devices, self._devices.probe())
+            devices = self.leases.take(record.replica, record.spec.devices, self._devices())
         except SllmError as error:
             log.error("engine host %d of %s is ended: %s", record.pid, record.replica, error)
             process.signal(signal.SIGKILL)
@@ -151,6 +152,7 @@ class Replicas:
     def _on_gone(self, replica: Replica) -> None:
         self.leases.release(replica.spec.id)
         self._launcher.records.remove(replica.spec.id)
+        self._launcher.scratch.remove(replica.spec.id)
         if replica.status.state is not ReplicaState.FAILED:
             self._forget(replica)
         self._on_change()

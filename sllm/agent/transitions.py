@@ -1,5 +1,5 @@
-"""How a replica's status changes. Pure: (status, event, now) -> status. An event that a state does not know changes
-nothing, so that a late word from a host cannot undo a stop."""
+"""How a replica's status changes. Pure: (status, event, now, wall) -> status. An event that a state does not know
+changes nothing, so that a late word from a host cannot undo a stop."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ ACCEPTED: dict[ReplicaState, tuple[type[Event], ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracked:
-    """A status and when its phase began."""
+    """A status, and when its phase began on a clock that only goes forward."""
 
     status: ReplicaStatus
     phase_since: float
 
 
-def step(tracked: Tracked, event: Event, now: float) -> Tracked:
-    """Return what `tracked` becomes by the event."""
+def step(tracked: Tracked, event: Event, now: float, *, wall: float) -> Tracked:
+    """Return what `tracked` becomes by the event. Durations are told by `now`, dates by `wall`."""
     if not isinstance(event, ACCEPTED[tracked.status.state]):
         return tracked
     match event:
         case PhaseBegan(phase=phase):
             return _entered(tracked, phase, now)
         case HostReported(status=host):
-            return _reported(tracked, host, now)
+            return _reported(tracked, host, now, wall)
         case _:
             return replace(tracked, status=_changed(tracked.status, event))
 
@@ -105,23 +105,23 @@ def _entered(tracked: Tracked, phase: StartPhase, now: float) -> Tracked:
     return Tracked(status=replace(status, phase=phase, progress=0.0, phases_s=phases_s), phase_since=now)
 
 
-def _reported(tracked: Tracked, host: HostStatus, now: float) -> Tracked:
+def _reported(tracked: Tracked, host: HostStatus, now: float, wall: float) -> Tracked:
     status = replace(tracked.status, running=host.running, waiting=host.waiting, memory_bytes=host.memory_bytes)
     tracked = replace(tracked, status=status)
     if status.state is ReplicaState.STARTING:
-        return _starting(tracked, host, now)
+        return _starting(tracked, host, now, wall)
     if status.state is ReplicaState.READY:
         return replace(tracked, status=_serving(status, host))
     return tracked  # it is on its way out; who asked for that knows more than the host
 
 
-def _starting(tracked: Tracked, host: HostStatus, now: float) -> Tracked:
+def _starting(tracked: Tracked, host: HostStatus, now: float, wall: float) -> Tracked:
     if host.state is ReplicaState.FAILED:
         return replace(tracked, status=_failed(tracked.status, host.error, host.error_reason))
     tracked = _entered(tracked, host.phase, now)
     status = replace(tracked.status, progress=host.progress, phases_s={**tracked.status.phases_s, **host.phases_s})
     if host.state is ReplicaState.READY:
-        status = replace(status, state=ReplicaState.READY, progress=1.0, ready_at=now)
+        status = replace(status, state=ReplicaState.READY, progress=1.0, ready_at=wall)
     return replace(tracked, status=status)
 
 

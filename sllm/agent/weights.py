@@ -7,6 +7,7 @@ when the last of them goes away.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field
 from threading import Event
 
 from sllm.agent.threads import run_cancellable
+from sllm.errors import InvalidCheckpoint
 from sllm.loader.manifest import Manifest, layout
 from sllm.loader.memory import region
 from sllm.loader.memory.pool import Pool, Region
 from sllm.loader.store import SsdStore
+
+log = logging.getLogger(__name__)
 
 # Called with the done share (0..1) of the read, from 0.0 when it begins.
 Listener = Callable[[float], None]
@@ -131,9 +135,15 @@ class Weights:
                 loop.call_soon_threadsafe(load.tell, share)
 
         def read(cancel: Event) -> None:
+            self._store.check(manifest)
             chunks = tuple(region.reads(manifest.tensors, held.tensors))
             region.fill(held.fd, self._store.folder(manifest), chunks, progress=progress, cancelled=cancel.is_set)
 
-        await run_cancellable(self._reader, read)
+        try:
+            await run_cancellable(self._reader, read)
+        except InvalidCheckpoint as error:
+            log.error("checkpoint %s is damaged: %s", manifest.checkpoint.name, error)
+            self._store.quarantine(manifest)
+            raise
         held.ready = True
         held.reload_s = time.monotonic() - began

@@ -11,7 +11,7 @@ from sllm.core.node import NodeState
 from sllm.core.snapshot import DeploymentView, Revision, Snapshot
 from sllm.errors import CapacityExceeded, Conflict, InvalidArgument, NotFound
 from sllm.rpc.control import ScaleRequest
-from sllm.scheduler import autoscale
+from sllm.scheduler import autoscale, retry
 from sllm.scheduler.placement import device_bytes
 
 
@@ -48,7 +48,7 @@ def scaled(view: DeploymentView, request: ScaleRequest, wall: float) -> Deployme
         minimum = spec.min_replicas if request.min_replicas is None else request.min_replicas
         maximum = spec.max_replicas if request.max_replicas is None else request.max_replicas
     wish = replace(spec, min_replicas=minimum, max_replicas=maximum)
-    scaled_view = replace(view, current=_rewished(view.current, wish, wall), failures=None)
+    scaled_view = retry.forgiven(replace(view, current=_rewished(view.current, wish, wall)))
     return scaled_view if request.replicas is None else autoscale.cut(scaled_view, request.replicas)
 
 
@@ -82,10 +82,10 @@ def _revised(
         return DeploymentView(current=_revision(spec, 1, checkpoint, created_at=wall, wall=wall))
     old = before.current
     if spec.serves_like(old.deployment.spec) and checkpoint.digest == old.deployment.digest:
-        return replace(before, current=_rewished(old, spec, wall), failures=None)
+        return retry.forgiven(replace(before, current=_rewished(old, spec, wall)))
     created_at = old.deployment.created_at
     new = _revision(spec, old.number + 1, checkpoint, created_at=created_at, wall=wall)
-    return replace(before, current=new, earlier=before.revisions(), failures=None)
+    return retry.forgiven(replace(before, current=new, earlier=before.revisions()))
 
 
 def _revision(spec: DeploymentSpec, number: int, checkpoint: Checkpoint, *, created_at: float, wall: float) -> Revision:

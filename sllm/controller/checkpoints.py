@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from sllm.controller.jobs import Job
 from sllm.core.ids import NodeName, checkpoint_name
 from sllm.core.node import NodeState
 from sllm.core.residency import Tier
@@ -50,6 +52,18 @@ def nodes_to_remove(snapshot: Snapshot, request: RemoveCheckpointRequest) -> tup
     chosen = request.nodes or holders
     _check_unused(snapshot, request.name, chosen, last=set(chosen) == set(holders))
     return chosen
+
+
+def joined(running: Job | None, job: Job) -> Job:
+    """The job that does what `job` is to do: it, or the one that runs already. Raises Conflict where they differ."""
+    if running is None:
+        return job
+    if (running.operation.kind, running.source, set(running.nodes)) == (job.operation.kind, job.source, set(job.nodes)):
+        return replace(running, request_ids=running.request_ids + job.request_ids)
+    raise Conflict(
+        f"{running.operation.kind} of {running.operation.target!r} is under way: {running.id}",
+        hint="try again when it is over",
+    )
 
 
 def _check_unused(snapshot: Snapshot, name: str, nodes: Iterable[NodeName], *, last: bool) -> None:

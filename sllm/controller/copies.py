@@ -12,7 +12,7 @@ from sllm.controller.events import CopyEnded, CopyProgressed
 from sllm.controller.executor import outcome
 from sllm.controller.jobs import Job
 from sllm.core.ids import CheckpointName, NodeName
-from sllm.errors import Conflict, OperationFailed, SllmError, error_from
+from sllm.errors import Conflict, NotFound, OperationFailed, SllmError, error_from
 from sllm.rpc.agents import AddCheckpointCommand, AgentClient, RemoveCheckpointCommand
 
 # Another node may do better: the source is not there, or may not be read, or does not fit, or the node is gone.
@@ -82,7 +82,9 @@ async def add_to_all(
 async def remove(job: Job, holders: Sequence[Holder], epoch: int, post: Callable[[object], None]) -> None:
     name = CheckpointName(job.operation.target)
     calls = (h.client.remove_checkpoint(RemoveCheckpointCommand(epoch=epoch, name=name)) for h in holders)
-    errors = await asyncio.gather(*(outcome(call) for call in calls))
+    outcomes = await asyncio.gather(*(outcome(call) for call in calls))
+    # What is not there was removed already, perhaps before a restart of the controller.
+    errors = [None if isinstance(error, NotFound) else error for error in outcomes]
     done = tuple((h.node, h.digest) for h, error in zip(holders, errors, strict=True) if error is None)
     post(CopyEnded(operation=job.id, done_on=done, error=_first(holders, errors)))
 

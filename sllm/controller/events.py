@@ -43,6 +43,14 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """A gateway began to watch the routes, or its watch ended."""
+
+    gateway: str
+    begins: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommandEnded:
     """An agent answered the command that carries out `intent`, or did not (`error`)."""
 

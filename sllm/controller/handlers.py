@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from sllm.controller import changes, checkpoints, jobs, progress, records, reports
-from sllm.controller.events import Asked, CommandEnded, CopyEnded, CopyProgressed, Left, Registered, Woken
+from sllm.controller.events import Asked, CommandEnded, CopyEnded, CopyProgressed, Left, Registered, Watched, Woken
 from sllm.controller.jobs import Job
 from sllm.controller.router import Waiter
 from sllm.controller.routes import targets
@@ -36,6 +36,7 @@ class Handlers:
             Registered: self._registered,
             HeartbeatRequest: self._heartbeat,
             ReportLoadRequest: self._load,
+            Watched: self._watched,
             CommandEnded: self._command_ended,
             DeployRequest: self._deploy,
             DeleteRequest: self._delete,
@@ -89,8 +90,12 @@ class Handlers:
             world.loads.released(event.ticket)
 
     async def _load(self, event: ReportLoadRequest) -> None:
-        self._world.loads.report(event.gateway, event.requests, self._world.clock.monotonic())
+        now = self._world.clock.monotonic()
+        self._world.loads.report(event.gateway, event.incarnation, event.requests, now)
         self._world.touched.update(DeploymentName(name) for name, count in event.finished.items() if count)
+
+    async def _watched(self, event: Watched) -> None:
+        self._world.loads.watched(event.gateway, begins=event.begins)
 
     # -- agents
 
@@ -148,16 +153,18 @@ class Handlers:
             return asked
         snapshot = self._world.snapshot(self._world.clock.monotonic())
         nodes = checkpoints.nodes_to_add(snapshot, event)
-        job = self._job(event.request_id, jobs.ADD, event.name, source=event.source, nodes=nodes)
-        await self._commit([], job)
-        return job.operation
+        return await self._copy(self._job(event.request_id, jobs.ADD, event.name, source=event.source, nodes=nodes))
 
     async def _remove_checkpoint(self, event: RemoveCheckpointRequest) -> Operation:
         if asked := self._asked_before(event.request_id):
             return asked
         snapshot = self._world.snapshot(self._world.clock.monotonic())
         nodes = checkpoints.nodes_to_remove(snapshot, event)
-        job = self._job(event.request_id, jobs.REMOVE, event.name, nodes=nodes)
+        return await self._copy(self._job(event.request_id, jobs.REMOVE, event.name, nodes=nodes))
+
+    async def _copy(self, job: Job) -> Operation:
+        """Begin to add or remove a checkpoint, or join who does the same already. One job at a time has the name."""
+        job = checkpoints.joined(self._world.jobs.copying(job.operation.target), job)
         await self._commit([], job)
         return job.operation
 
@@ -177,7 +184,7 @@ class Handlers:
             self._world.jobs.put(replace(job, done_on=event.done_on))
             return
         job = progress.failed(job, event.error, self._world.clock.wall())
-        await self._world.commit(records.put_job(job))
+        await self._world.commit([records.put_job(job)])
         self._world.jobs.put(job)
 
     def _asked_before(self, request_id: str) -> Operation | None:
@@ -194,13 +201,11 @@ class Handlers:
             created_at=wall,
             updated_at=wall,
         )
-        return Job(operation=operation, request_id=request_id, **fields)
+        return Job(operation=operation, request_ids=(request_id,) if request_id else (), **fields)
 
     async def _commit(self, ops: list[Op], job: Job) -> None:
         excess = self._world.jobs.excess()
-        await self._world.commit(
-            [*ops, *records.put_job(job), *(op for old in excess for op in records.delete_job(old))]
-        )
+        await self._world.commit([*ops, records.put_job(job), *(records.delete_job(old) for old in excess)])
         for old in excess:
             self._world.jobs.drop(old)
         self._world.jobs.put(job)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +35,13 @@ class Inbox:
         self._queue.put_nowait(Envelope(event=event, reply=reply))
         return await reply
 
-    async def batch(self) -> list[Envelope]:
-        """Wait for an event and return it with all that came meanwhile, so that one plan serves them all."""
-        batch = [await self._queue.get()]
-        while not self._queue.empty():
-            batch.append(self._queue.get_nowait())
-        return batch
+    async def batch(self) -> Iterator[Envelope]:
+        """Wait for an event and return it with all that came meanwhile, so that one plan serves them all.
+
+        They stay in the queue until their turn: what a writer that ends does not come to is refused by `close`.
+        """
+        first = await self._queue.get()
+        return itertools.chain([first], (self._queue.get_nowait() for _ in range(self._queue.qsize())))
 
     def close(self) -> None:
         """Refuse what has not been handled, and all that comes."""

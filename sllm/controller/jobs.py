@@ -22,14 +22,14 @@ KEPT_ENDED = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """An operation and its parameters. `request_id` makes asking for it twice harmless.
+    """An operation and its parameters. `request_ids`, of all who asked for it, make asking twice harmless.
 
     `nodes` empty: any one that can (add), all that hold it (remove). `done_on` is None while agents still work; then
     it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
     """
 
     operation: Operation
-    request_id: str = ""
+    request_ids: tuple[str, ...] = ()
     revision: int = 0
     source: str = ""
     nodes: tuple[NodeName, ...] = ()
@@ -56,8 +56,8 @@ class Jobs:
     def put(self, job: Job) -> None:
         """Add a job, or replace it and tell those who follow it."""
         self._jobs[job.id] = job
-        if job.request_id:
-            self._by_request[job.request_id] = job.id
+        for request_id in job.request_ids:
+            self._by_request[request_id] = job.id
         if job.id in self._latest:
             self._latest[job.id].set(job.operation)
         else:
@@ -73,6 +73,11 @@ class Jobs:
     def running(self) -> list[Job]:
         return [job for job in self._jobs.values() if job.running]
 
+    def copying(self, checkpoint: str) -> Job | None:
+        """The job that adds or removes the checkpoint of this name now, if any."""
+        found = (job for job in self.running() if job.operation.kind in (ADD, REMOVE))
+        return next((job for job in found if job.operation.target == checkpoint), None)
+
     def excess(self) -> list[Job]:
         """Ended jobs beyond those that are kept, the oldest first."""
         ended = [job for job in self._jobs.values() if not job.running]
@@ -81,7 +86,8 @@ class Jobs:
 
     def drop(self, job: Job) -> None:
         del self._jobs[job.id], self._latest[job.id]
-        self._by_request.pop(job.request_id, None)
+        for request_id in job.request_ids:
+            self._by_request.pop(request_id, None)
 
     async def follow(self, operation: OperationId) -> AsyncIterator[Operation]:
         """Yield an operation and its changes until it is over. Raises NotFound."""

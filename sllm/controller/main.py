@@ -15,6 +15,7 @@ from sllm.controller.executor import Executor
 from sllm.controller.inbox import Inbox
 from sllm.controller.node_service import ControllerNodes
 from sllm.controller.route_service import ControllerRoutes
+from sllm.controller.router import Router
 from sllm.controller.service import ControllerControl
 from sllm.controller.store.base import StateStore
 from sllm.controller.store.sqlite import SqliteStore
@@ -65,7 +66,7 @@ async def running(config: ControllerConfig, store: StateStore, clock: Clock, tls
         store=store,
         clock=clock,
         policy=_policy(config),
-        queue_limit=config.queue_per_deployment,
+        router=Router(per_deployment=config.queue_per_deployment, per_gateway=config.queue_per_gateway),
         epoch=executor.epoch,
         executor=executor,
     )

@@ -34,7 +34,7 @@ async def advance(world: World) -> float | None:
     _remember_needs(world, now)
     plan = reconcile(world.snapshot(now), now)
     world.reasons = dict(plan.reasons)
-    await _carry_out(world, plan, now)
+    await _carry_out(world, plan)
     await _drop_earlier_revisions(world)
     snapshot = world.snapshot(now)
     _publish(world, snapshot)
@@ -88,18 +88,18 @@ def _remember_needs(world: World, now: float) -> None:
 # -- carrying out
 
 
-async def _carry_out(world: World, plan: Plan, now: float) -> None:
+async def _carry_out(world: World, plan: Plan) -> None:
     starts = sum(isinstance(action, StartReplica) for action in plan.actions)
     if starts:
         # Stored first: a generation is never given twice, whatever happens.
         await world.commit([records.put_number(records.GENERATION, world.generation + starts)])
     for action in plan.actions:
-        await _act(world, action, now)
+        await _act(world, action)
 
 
-async def _act(world: World, action: Action, now: float) -> None:
+async def _act(world: World, action: Action) -> None:
     if isinstance(action, StartReplica):
-        _start(world, action, now)
+        _start(world, action)
     elif isinstance(action, DrainReplica):
         _end(world, action.replica, Intent.DRAIN, world.policy.drain_s, action.why)
     elif isinstance(action, StopReplica):
@@ -108,7 +108,7 @@ async def _act(world: World, action: Action, now: float) -> None:
         await _remove(world, action)
 
 
-def _start(world: World, action: StartReplica, now: float) -> None:
+def _start(world: World, action: StartReplica) -> None:
     world.generation += 1
     revision = world.cluster.deployments[action.deployment].current
     wish = revision.deployment.spec
@@ -125,7 +125,7 @@ def _start(world: World, action: StartReplica, now: float) -> None:
         engine_args=wish.engine_args,
     )
     log.info("start %s of %s on %s: %s", spec.id, spec.deployment, action.node, action.why)
-    world.cluster.put(ReplicaView(spec=spec, node=action.node, planned_at=now))
+    world.cluster.put(ReplicaView(spec=spec, node=action.node))
     world.executor.start(world.cluster.nodes[action.node].report.address, spec)
 
 
@@ -173,7 +173,7 @@ async def _judge_jobs(world: World, snapshot: Snapshot) -> None:
             log.info(
                 "operation %s (%s %s): %s", job.id, job.operation.kind, job.operation.target, judged.operation.state
             )
-            await world.commit(records.put_job(judged))
+            await world.commit([records.put_job(judged)])
         world.jobs.put(judged)
 
 

@@ -14,9 +14,10 @@ from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import DeploymentView, ReplicaView, Snapshot
 from sllm.errors import Conflict, NotFound, SllmError, Unavailable, error_from
 from sllm.rpc.routes import AcquireUpdate
+from sllm.scheduler.plan import Reason
 
 
-def judged(job: Job, snapshot: Snapshot, reasons: Mapping[DeploymentName, str], wall: float) -> Job:
+def judged(job: Job, snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason], wall: float) -> Job:
     """Return the job as it now stands."""
     operation = job.operation
     if job.operation.kind in (jobs.DEPLOY, jobs.SCALE):
@@ -35,7 +36,9 @@ def failed(job: Job, error: SllmError, wall: float) -> Job:
     return replace(job, operation=replace(_failed(job.operation, error), updated_at=wall))
 
 
-def waiting(name: DeploymentName, replicas: list[ReplicaView], reasons: Mapping[DeploymentName, str]) -> AcquireUpdate:
+def waiting(
+    name: DeploymentName, replicas: list[ReplicaView], reasons: Mapping[DeploymentName, Reason]
+) -> AcquireUpdate:
     """What a deployment without room waits for: the start that is furthest on, else the planner's reason."""
     starting = [r.status for r in replicas if r.starting and r.status]
     if starting:
@@ -45,10 +48,11 @@ def waiting(name: DeploymentName, replicas: list[ReplicaView], reasons: Mapping[
         return AcquireUpdate(phase=best.phase.value, progress=best.progress)
     if any(r.starting for r in replicas):
         return AcquireUpdate(phase="queued", progress=0.0)
-    return AcquireUpdate(phase=reasons.get(name, "waiting for room"))
+    reason = reasons.get(name)
+    return AcquireUpdate(phase=reason.text if reason else "waiting for room")
 
 
-def _of_deployment(job: Job, snapshot: Snapshot, reasons: Mapping[DeploymentName, str]) -> Operation:
+def _of_deployment(job: Job, snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason]) -> Operation:
     name = DeploymentName(job.operation.target)
     view = snapshot.deployments.get(name)
     if view is None or view.current.deployment.deleting:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sllm.controller.jobs import Job
-from sllm.controller.store.base import Delete, Op, Put
+from sllm.controller.store.base import Delete, Put
 from sllm.core.deployment import Deployment, DeploymentSpec
 from sllm.core.ids import DeploymentName, NodeName
 from sllm.core.operation import Operation, OperationState
@@ -17,7 +17,6 @@ EPOCH = "controller/epoch"
 GENERATION = "controller/generation"
 DEPLOYMENTS = "deployments/"
 OPERATIONS = "operations/"
-REQUESTS = "requests/"
 NODES = "nodes/"
 
 
@@ -44,31 +43,33 @@ def delete_deployment(name: DeploymentName) -> Delete:
     return Delete(key=DEPLOYMENTS + name)
 
 
-def put_job(job: Job) -> list[Op]:
-    """Store an operation, and in the same transaction the request id that it must not be begun twice for."""
+def put_job(job: Job) -> Put:
+    """Store an operation, with the request ids that it must not be begun twice for."""
     fields: dict[str, Any] = {
         "operation": asdict(job.operation),
-        "request_id": job.request_id,
+        "request_ids": job.request_ids,
         "revision": job.revision,
         "source": job.source,
         "nodes": job.nodes,
     }
-    stored: list[Op] = [Put(key=OPERATIONS + job.id, value=_packed(fields))]
-    if job.request_id:
-        stored.append(Put(key=REQUESTS + job.request_id, value=job.id.encode()))
-    return stored
+    return Put(key=OPERATIONS + job.id, value=_packed(fields))
 
 
-def delete_job(job: Job) -> list[Op]:
-    return [Delete(key=OPERATIONS + job.id), Delete(key=REQUESTS + job.request_id)]
+def delete_job(job: Job) -> Delete:
+    return Delete(key=OPERATIONS + job.id)
 
 
 def read_job(value: bytes) -> Job:
     fields = json.loads(value)
     operation = fields.pop("operation")
     state = OperationState(operation.pop("state"))
-    nodes = tuple(fields.pop("nodes"))
-    return Job(operation=Operation(state=state, **operation), nodes=nodes, **fields)
+    return Job(
+        operation=Operation(state=state, **operation),
+        request_ids=tuple(fields.get("request_ids", ())),
+        revision=fields["revision"],
+        source=fields["source"],
+        nodes=tuple(fields["nodes"]),
+    )
 
 
 def put_node(name: NodeName, *, cordoned: bool) -> Put:

@@ -91,7 +91,7 @@ def apply(world: World, changes: Changes, now: float) -> None:
         log.info("%s of %s is ready on %s", replica.spec.id, replica.spec.deployment, replica.node)
         view = world.cluster.deployments.get(replica.spec.deployment)
         if view:
-            _update(world, retry.succeeded(view, replica.spec.revision))
+            _update(world, retry.succeeded(view, replica.spec.revision, now))
 
 
 def _contested(world: World, event: Registered) -> Contested | None:
@@ -130,10 +130,7 @@ def _failed(world: World, replica: ReplicaView, now: float) -> None:
     view = world.cluster.deployments.get(spec.deployment)
     if view:
         reason = status.error_reason or "ENGINE_FAILED"
-        counted = retry.failed(
-            view, replica.node, spec.revision, error=status.error, reason=reason, now=now, policy=world.policy
-        )
-        _update(world, counted)
+        _count(world, view, replica, error=status.error, reason=reason, now=now)
 
 
 def _start_refused(world: World, replica: ReplicaView, error: SllmError) -> None:
@@ -148,11 +145,28 @@ def _start_refused(world: World, replica: ReplicaView, error: SllmError) -> None
         world.cluster.forget(spec.id)
     view = world.cluster.deployments.get(spec.deployment)
     if view:
-        judge = retry.hindered if _is_unclear(error) or isinstance(error, Conflict) else retry.failed
-        judged = judge(
-            view, replica.node, spec.revision, error=error.message, reason=error.reason, now=now, policy=world.policy
-        )
-        _update(world, judged)
+        judge = _put_off if _is_unclear(error) or isinstance(error, Conflict) else _count
+        judge(world, view, replica, error=error.message, reason=error.reason, now=now)
+
+
+def _count(world: World, view: DeploymentView, replica: ReplicaView, *, error: str, reason: str, now: float) -> None:
+    counted = retry.failed(
+        view,
+        replica.node,
+        replica.spec.revision,
+        error=error,
+        reason=reason,
+        now=now,
+        policy=world.policy,
+        holders=world.cluster.holders(replica.spec.digest),
+        ready_at=replica.ready_at,
+    )
+    _update(world, counted)
+
+
+def _put_off(world: World, view: DeploymentView, replica: ReplicaView, *, error: str, reason: str, now: float) -> None:
+    revision, policy = replica.spec.revision, world.policy
+    _update(world, retry.hindered(view, replica.node, revision, error=error, reason=reason, now=now, policy=policy))
 
 
 def _is_unclear(error: SllmError) -> bool:

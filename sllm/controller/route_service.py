@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator
 
-from sllm.controller.events import Asked, Left
+from sllm.controller.events import Asked, Left, Watched
 from sllm.controller.inbox import Inbox
 from sllm.controller.tickets import Ticket
 from sllm.controller.world import World
@@ -22,8 +22,13 @@ class ControllerRoutes:
         self._inbox = inbox
         self._numbers = itertools.count(1)
 
-    def watch_routes(self, request: WatchRoutesRequest) -> AsyncIterator[RouteTable]:
-        return self._world.table.follow()
+    async def watch_routes(self, request: WatchRoutesRequest) -> AsyncIterator[RouteTable]:
+        self._inbox.post(Watched(gateway=request.gateway, begins=True))
+        try:
+            async for table in self._world.table.follow():
+                yield table
+        finally:
+            self._inbox.post(Watched(gateway=request.gateway, begins=False))
 
     async def acquire(self, request: AcquireRequest) -> AsyncIterator[AcquireUpdate]:
         ticket = Ticket(next(self._numbers), request)

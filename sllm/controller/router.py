@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,24 +33,33 @@ class Grant:
 
 
 class Router:
-    """One bounded queue per deployment."""
+    """One bounded queue per deployment; of each gateway's requests, only so many over all of them."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, *, per_deployment: int, per_gateway: int) -> None:
+        self._per_deployment = per_deployment
+        self._per_gateway = per_gateway
+        self._of_gateway: Counter[str] = Counter()
         self._waiters: dict[int, Waiter] = {}
         self._queues: dict[DeploymentName, dict[int, Waiter]] = {}
 
     def add(self, waiter: Waiter) -> None:
         """Put a request at the end of its queue. Raises QueueFull."""
-        queue = self._queues.setdefault(waiter.deployment, {})
-        if len(queue) >= self._limit:
+        waiting = len(self._queues.get(waiter.deployment, ()))
+        if waiting >= self._per_deployment:
             raise QueueFull(
-                f"{waiter.deployment}: {len(queue)} requests are waiting already",
+                f"{waiter.deployment}: {waiting} requests are waiting already",
                 hint="try again later, or raise the deployment's max replicas",
                 retry_after_s=RETRY_AFTER_S,
             )
-        queue[waiter.ticket] = waiter
+        if self._of_gateway[waiter.gateway] >= self._per_gateway:
+            raise QueueFull(
+                f"{self._per_gateway} requests of gateway {waiter.gateway!r} are waiting already",
+                hint="try again later, or at another gateway",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._queues.setdefault(waiter.deployment, {})[waiter.ticket] = waiter
         self._waiters[waiter.ticket] = waiter
+        self._of_gateway[waiter.gateway] += 1
 
     def remove(self, ticket: int) -> Waiter | None:
         """Take a request out, wherever it stands; None if it is not held (any more)."""
@@ -59,6 +69,9 @@ class Router:
             del queue[ticket]
             if not queue:
                 del self._queues[waiter.deployment]
+            self._of_gateway[waiter.gateway] -= 1
+            if not self._of_gateway[waiter.gateway]:
+                del self._of_gateway[waiter.gateway]
         return waiter
 
     def expire(self, now: float) -> list[Waiter]:

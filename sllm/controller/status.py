@@ -21,10 +21,11 @@ from sllm.rpc.control import (
     RequestList,
 )
 from sllm.scheduler.autoscale import scale
+from sllm.scheduler.plan import Reason
 from sllm.version import VERSION
 
 
-def cluster_status(snapshot: Snapshot, reasons: Mapping[DeploymentName, str], now: float) -> ClusterStatus:
+def cluster_status(snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason], now: float) -> ClusterStatus:
     replicas = snapshot.replicas_by_deployment()
     views = sorted(snapshot.deployments.values(), key=lambda view: view.name)
     return ClusterStatus(
@@ -64,7 +65,7 @@ def _deployment(
     snapshot: Snapshot,
     view: DeploymentView,
     replicas: Sequence[ReplicaView],
-    reasons: Mapping[DeploymentName, str],
+    reasons: Mapping[DeploymentName, Reason],
     now: float,
 ) -> DeploymentRow:
     current = sum(r.live and r.spec.revision == view.current.number for r in replicas)
@@ -94,12 +95,12 @@ def _state(view: DeploymentView, replicas: Sequence[ReplicaView], needed: int) -
     return DeploymentState.WAITING if needed else DeploymentState.SLEEPING
 
 
-def _reason(view: DeploymentView, state: DeploymentState, reasons: Mapping[DeploymentName, str]) -> str:
+def _reason(view: DeploymentView, state: DeploymentState, reasons: Mapping[DeploymentName, Reason]) -> str:
     if state is DeploymentState.SLEEPING or state is DeploymentState.DELETING:
         return ""
     if view.failures and view.failures.error:
         return f"the last start failed: {view.failures.error}"
-    return reasons.get(view.name, "")
+    return str(reasons.get(view.name, ""))
 
 
 def _replica(replica: ReplicaView) -> ReplicaRow:

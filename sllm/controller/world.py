@@ -17,29 +17,32 @@ from sllm.core.cluster import ClusterState
 from sllm.core.ids import DeploymentName, NodeName
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Policy, Snapshot
-from sllm.errors import Conflict
+from sllm.errors import Conflict, SllmError
+from sllm.scheduler.plan import Reason
 
 
 class World:
     """Changed by the writer only; read by anyone in its thread, between awaits."""
 
     def __init__(
-        self, *, store: StateStore, clock: Clock, policy: Policy, queue_limit: int, epoch: int, executor: Executor
+        self, *, store: StateStore, clock: Clock, policy: Policy, router: Router, epoch: int, executor: Executor
     ) -> None:
         self.store = store
         self.clock = clock
         self.policy = policy
         self.executor = executor
         self.cluster = ClusterState(policy)
-        self.router = Router(queue_limit)
+        self.router = router
         self.loads = Loads()
         self.jobs = Jobs()
         self.tickets: dict[int, Ticket] = {}
         self.table = Latest(RouteTable(epoch=epoch, revision=0))
-        self.reasons: dict[DeploymentName, str] = {}
+        self.reasons: dict[DeploymentName, Reason] = {}
         # Deployments with requests that began and ended between two reports.
         self.touched: set[DeploymentName] = set()
         self.generation = 0
+        # Why the last commit failed.
+        self.not_stored: SllmError | None = None
         # Something happened since the last plan that may call for another.
         self.changed = True
         # Nodes known before a restart: until they have reported, or had the time to, what they run is not known.
@@ -59,7 +62,15 @@ class World:
         )
 
     async def commit(self, ops: Sequence[Op]) -> None:
-        """Store changes. The epoch fences: once another controller has opened this store, nothing is written."""
+        """Store changes. If that fails, the writer ends: what it would say from then on might not be stored."""
+        try:
+            await self._store(ops)
+        except SllmError as error:
+            self.not_stored = error
+            raise
+
+    async def _store(self, ops: Sequence[Op]) -> None:
+        """The epoch fences: once another controller has opened this store, nothing is written."""
         item = await self.store.get(records.EPOCH)
         ours = item is not None and records.number(item.value) == self.executor.epoch
         mod_rev = item.mod_rev if item else 0

@@ -24,7 +24,8 @@ class Writer:
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
-        """Run until cancelled. An error of a plan or of the store ends it: a supervisor starts us anew."""
+        """Run until cancelled. An error of a plan, or of a commit (whoever asked for it is told), ends it: a
+        supervisor starts us anew, from what is stored."""
         try:
             while True:
                 if self._world.changed:
@@ -32,6 +33,8 @@ class Writer:
                     self._arm(await advance(self._world))
                 for envelope in await self._inbox.batch():
                     await self._handle(envelope)
+                    if self._world.not_stored:
+                        raise self._world.not_stored
         finally:
             self._disarm()
             self._inbox.close()

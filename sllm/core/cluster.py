@@ -76,6 +76,11 @@ class ClusterState:
         self.nodes[name] = replace(view, seen_at=now, last_seen=wall, state=self._judged(view, now, now))
         return self._forget_absent(view.report, restarted=False)
 
+    def holders(self, digest: str) -> frozenset[NodeName]:
+        """Nodes that are not dead and have a copy of a checkpoint to start from."""
+        living = (view for view in self.nodes.values() if view.state is not NodeState.DEAD)
+        return frozenset(view.report.name for view in living if view.tier_of(digest) is not None)
+
     def judge(self, now: float) -> tuple[NodeName, ...]:
         """Judge every node by its silence; forget the replicas of those that died just now, and name those."""
         died = []
@@ -129,6 +134,8 @@ class ClusterState:
         after = replace(known, status=status)
         if known.intent is Intent.RUN:
             after = replace(after, intent=_intent_seen(status.state))
+            if after.ready and after.ready_at is None:
+                after = replace(after, ready_at=now)
         elif restarted and known.command is Command.DONE:
             # The agent that accepted the command is gone; the one that came after it does not know of it.
             after = replace(after, command=Command.DUE)
@@ -137,7 +144,8 @@ class ClusterState:
 
     def _adopt(self, node: NodeName, status: ReplicaStatus, now: float) -> ReplicaView:
         """Take over a replica that nobody here planned: a controller before this one did, or the store was lost."""
-        found = ReplicaView(spec=status.spec, node=node, planned_at=now, command=Command.DONE, status=status)
+        ready_at = now if status.state is ReplicaState.READY else None
+        found = ReplicaView(spec=status.spec, node=node, command=Command.DONE, status=status, ready_at=ready_at)
         ending = _intent_seen(status.state)
         if ending is not Intent.RUN or self._is_wanted(status):
             return replace(found, intent=ending)

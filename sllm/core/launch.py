@@ -32,7 +32,8 @@ class TensorEntry:
 class Launch:
     """One engine host to fork. `nonce` proves later that a found process is the one meant.
 
-    `execution_dir` holds the checkpoint's execution files. `record_path` is where the host writes its LaunchRecord.
+    `execution_dir` holds the checkpoint's execution files. `record_path` is where the host writes its LaunchRecord,
+    `scratch_dir` where its temporary files go, which are its agent's to remove.
     """
 
     spec: ReplicaSpec
@@ -40,6 +41,7 @@ class Launch:
     tensors: tuple[TensorEntry, ...]
     execution_dir: str
     record_path: str
+    scratch_dir: str
     bind_host: str
     device_kind: str
     device_ids: tuple[DeviceId, ...]

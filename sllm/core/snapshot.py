@@ -43,19 +43,21 @@ class Policy:
     drain_s: float = 60.0
     start_backoff_s: float = 1.0
     max_start_failures: int = 3
+    stable_after_s: float = 60.0  # a replica that dies sooner after it became ready counts as a failed start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
-    """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet."""
+    """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet;
+    `ready_at`: when one first showed it ready."""
 
     spec: ReplicaSpec
     node: NodeName
-    planned_at: float
     intent: Intent = Intent.RUN
     command: Command = Command.SENT
     retry_at: float = 0.0
     status: ReplicaStatus | None = None
+    ready_at: float | None = None
 
     @property
     def state(self) -> ReplicaState:
@@ -141,7 +143,8 @@ class DeploymentView:
     """A deployment and the memory of its scaling.
 
     `earlier` are replaced revisions whose replicas may still serve. `needed` is how many replicas were needed when
-    last looked at, and `needed_at[k]` the last instant at which more than k were.
+    last looked at, and `needed_at[k]` the last instant at which more than k were. `overcome` are the failures that a
+    replica's becoming ready at `overcome_at` has ended, for now.
     """
 
     current: Revision
@@ -149,6 +152,8 @@ class DeploymentView:
     needed: int = 0
     needed_at: tuple[float, ...] = ()
     failures: Failures | None = None
+    overcome: Failures | None = None
+    overcome_at: float = 0.0
 
     @property
     def name(self) -> DeploymentName:

@@ -27,6 +27,7 @@ from sllm.core.tokens import (
 )
 from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.requests import Connection, Requests
+from sllm.engine.sizes import oversized
 from sllm.engine.status import StatusBoard
 from sllm.engine.thread import EngineThread
 from sllm.errors import EngineFailed, InvalidArgument, SllmError, StaleGeneration, Unavailable
@@ -191,7 +192,7 @@ class Host:
                 raise InvalidArgument("a token stream was opened twice")
 
     def _take_request(self, request: TokenRequest, connection: Connection) -> None:
-        refusal = self._refusal()
+        refusal = self._refusal() or oversized(request)
         if refusal is None:
             self._thread.add(self._requests.open(connection, request), request)
             self._load_changed()

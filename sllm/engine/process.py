@@ -7,7 +7,6 @@ built, so that an agent that comes back in the middle of a build finds it.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import mmap
 import os
@@ -22,6 +21,7 @@ from sllm.core.device import DeviceKind
 from sllm.core.launch import Launch, LaunchRecord
 from sllm.engine.base import EngineCore, EngineKind, Hooks, Weights
 from sllm.engine.host import Host
+from sllm.linux import PR_SET_NAME, prctl, start_ticks
 from sllm.rpc import transport
 from sllm.rpc.engine import handlers
 from sllm.rpc.identity import load_tls
@@ -35,8 +35,6 @@ _CLOSE_S = 2.0
 # The kernel counts address space as data. The stacks of an engine's and gRPC's threads (about 50 of 8 MiB) take this
 # much of it and hardly any memory; without it threads could not start, and gRPC waits for its own for ever.
 _STACKS_BYTES = 512 << 20
-
-_PR_SET_NAME = 15
 
 
 def become_host(launch: Launch, kind: EngineKind, *, weights_fd: int, log_fd: int) -> int:
@@ -64,8 +62,9 @@ def _stand_alone(launch: Launch, log_fd: int) -> None:
     # An interrupt is for the foreground; a host ends by SIGTERM, by its agent or by its grace.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     name_process(launch.spec.id)
-    # Engines leave files where `tempfile` says; a killed one must not leave them outside the agent's folder.
-    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(launch.record_path).parent)
+    # Engines leave files where `tempfile` says; what a killed one leaves, its agent removes.
+    Path(launch.scratch_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+    tempfile.tempdir = os.environ["TMPDIR"] = launch.scratch_dir
     os.environ["OMP_NUM_THREADS"] = str(launch.threads)
     if launch.device_kind == DeviceKind.CUDA:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(launch.device_ids)
@@ -73,7 +72,7 @@ def _stand_alone(launch: Launch, log_fd: int) -> None:
 
 def name_process(name: str) -> None:
     """Show `name` (its first 15 bytes) in ps and top instead of the warm process' name."""
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+    prctl(PR_SET_NAME, name.encode())
 
 
 def _map(weights_fd: int) -> mmap.mmap | None:
@@ -110,13 +109,6 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
 
 
-def start_ticks(pid: int) -> int:
-    """Return when a process was started (field 22 of /proc/PID/stat), which no later process of that pid shares."""
-    # The second field is the name, in parentheses, and may itself hold spaces and parentheses.
-    after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-    return int(after_name.split()[19])
-
-
 async def _serve(launch: Launch, kind: EngineKind, weights: Weights) -> None:
     inherited = resident_bytes()
 
@@ -144,11 +136,13 @@ def _tls(launch: Launch) -> TlsConfig | None:
 def _record(launch: Launch, address: str) -> None:
     """Write the record whole or not at all: an agent may read it at any moment."""
     pid = os.getpid()
+    ticks = start_ticks(pid)
+    assert ticks is not None, "we are alive"
     record = LaunchRecord(
         replica=launch.spec.id,
         nonce=launch.nonce,
         pid=pid,
-        start_ticks=start_ticks(pid),
+        start_ticks=ticks,
         address=address,
         spec=launch.spec,
     )

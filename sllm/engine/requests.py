@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from sllm.core.tokens import Finish, FinishReason, StepOutputs, TokenOutput, TokenRequest
@@ -112,7 +112,8 @@ class Requests:
                 shares.setdefault(row.connection, []).append(self._advance(row, output))
         given_up: list[int] = []
         for connection, share in shares.items():
-            if not connection.send(StepOutputs(outputs=share, timestamp=timestamp)):
+            steps = (StepOutputs(outputs=outputs, timestamp=timestamp) for outputs in _messages(share))
+            if not all(connection.send(step) for step in steps):
                 given_up += self.drop(connection, list(connection.keys))
         return given_up
 
@@ -142,3 +143,10 @@ class Requests:
         """End every stream."""
         for connection in self._connections:
             connection.close()
+
+
+def _messages(share: list[TokenOutput]) -> Iterator[list[TokenOutput]]:
+    """Divide a step: outputs that may fill a message (see `sizes`) have one each."""
+    yield from ([output] for output in share if output.prompt_logprobs is not None)
+    if small := [output for output in share if output.prompt_logprobs is None]:
+        yield small

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -85,6 +86,7 @@ def warm() -> EngineKind:
     from vllm.platforms import current_platform
 
     configure_logging_if_needed(LoggingConfig())  # visits every logger there is; engines find it done
+    keep_requests_out_of_logs()
     if current_platform.is_cpu():
         _prepare_cpu(current_platform)
     from vllm.model_executor.models import ModelRegistry
@@ -98,6 +100,11 @@ def warm() -> EngineKind:
     vllm_args.parser()
     architectures = tuple(sorted(ModelRegistry.get_supported_archs()))
     return EngineKind(name="vllm", version=version, architectures=architectures, build=vllm_engine.build)
+
+
+def keep_requests_out_of_logs() -> None:
+    """When a step fails vLLM logs what was scheduled: no tokens, but stop words and schemas, which are users' text."""
+    logging.getLogger("vllm.logging_utils.dump_input").disabled = True
 
 
 def installed_version() -> str:

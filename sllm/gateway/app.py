@@ -18,7 +18,8 @@ from sllm.core.route import Route
 from sllm.errors import NotFound, SllmError
 from sllm.gateway.answers import Headers, Refusal, plain_refusal, refusal
 from sllm.gateway.dispatch import Dispatcher
-from sllm.gateway.frontends import FrontEnds, Message, Receive, Send
+from sllm.gateway.front_end import Message, Receive, Send
+from sllm.gateway.frontends import FrontEnds
 from sllm.gateway.inbound import ClientGone, Refused, head_of, inner_scope, read_body, replay, unless_gone
 from sllm.gateway.keys import Keys
 from sllm.gateway.reply import Reply, send_refusal

@@ -1,4 +1,5 @@
 """The front ends, one per deployment: made when its route appears, remade when a redeploy changes what it depends on.
+Of more than a limit the longest unused are closed, and made again when they are asked for.
 
 While replicas of two revisions serve, two front ends of a deployment may live side by side, because tokens made for
 one may mean nothing to the other. A front end that is no longer wanted is closed when its requests are over.
@@ -7,60 +8,22 @@ one may mean nothing to the other. A front end that is no longer wanted is close
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from sllm.core.ids import DeploymentName
 from sllm.core.route import Route
 from sllm.errors import NotFound, OperationFailed, SllmError
+from sllm.gateway.front_end import Builder, FrontEnd, Recipe
 from sllm.gateway.routes import Routes
 
 log = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 _BUILD_AGAIN_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """All that a front end depends on. Two revisions with one recipe share a front end."""
-
-    deployment: DeploymentName
-    digest: str
-    max_model_len: int
-    engine_args: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def of(cls, route: Route) -> Recipe:
-        spec = route.deployment.spec
-        return cls(
-            deployment=spec.name,
-            digest=route.deployment.digest,
-            max_model_len=route.max_model_len,
-            engine_args=tuple(sorted(spec.engine_args.items())),
-        )
-
-
-class FrontEnd(Protocol):
-    """An ASGI application that serves one deployment. One that is not `healthy` any more is remade."""
-
-    @property
-    def healthy(self) -> bool: ...
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None: ...
-    async def close(self) -> None: ...
-
-
-class Builder(Protocol):
-    """Makes a front end. `sources` are agents that hold the execution files. Raises SllmError."""
-
-    async def __call__(self, recipe: Recipe, sources: tuple[str, ...]) -> FrontEnd: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +31,7 @@ class _Build:
     task: asyncio.Task[FrontEnd]
     sources: tuple[str, ...]
     ended_at: float = 0.0
+    used: int = 0  # a number that grows with each use of any
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +53,7 @@ class _Slot:
         served = {self.recipes[r] for r in self.serving if r in self.recipes}
         if self.wanted in served:
             return self.wanted
-        return next((recipe for recipe in self.builds if recipe in served), self.wanted)
+        return next((recipe for recipe in [*self.builds, *self.recipes.values()] if recipe in served), self.wanted)
 
     def accepts(self, recipe: Recipe, revision: int) -> bool:
         return self.recipes.get(revision) == recipe
@@ -121,9 +85,11 @@ class Lease:
 class FrontEnds:
     """Makes, hands out and closes front ends, following the route table."""
 
-    def __init__(self, routes: Routes, build: Builder) -> None:
+    def __init__(self, routes: Routes, build: Builder, *, limit: int) -> None:
         self._routes = routes
         self._build = build
+        self._limit = limit
+        self._uses = itertools.count(1)
         self._slots: dict[DeploymentName, _Slot] = {}
         self._one_at_a_time = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
@@ -138,11 +104,19 @@ class FrontEnds:
         recipe = slot.pick(revision)
         slot.users[recipe] += 1
         try:
-            build = self._started(slot, recipe).task
-            yield Lease(build=build, accepts=lambda other: slot.accepts(recipe, other))
+            build = self._started(slot, recipe)
+            build.used = next(self._uses)
+            self._evict()
+            yield Lease(build=build.task, accepts=lambda other: slot.accepts(recipe, other))
         finally:
             slot.users[recipe] -= 1
             self._sweep(deployment, slot)
+            self._evict()
+
+    def digests(self) -> set[str]:
+        """Return the checkpoints that front ends are, or may be, made from."""
+        recipes = (recipe for slot in self._slots.values() for recipe in [*slot.recipes.values(), *slot.builds])
+        return {recipe.digest for recipe in recipes}
 
     async def close(self) -> None:
         """Close all."""
@@ -171,7 +145,8 @@ class FrontEnds:
         slot.sources = route.sources
         keep = {route.deployment.revision, *slot.serving}
         slot.recipes = {revision: recipe for revision, recipe in slot.recipes.items() if revision in keep}
-        self._started(slot, slot.wanted)
+        if slot.builds or self._count() < self._limit:
+            self._started(slot, slot.wanted)
 
     def _started(self, slot: _Slot, recipe: Recipe) -> _Build:
         """Return the build of a recipe, begun now if there is none or the last one is of no use."""
@@ -213,6 +188,24 @@ class FrontEnds:
             self._discard(slot.builds.pop(recipe))
         if slot.deleted and not slot.builds and self._slots.get(deployment) is slot:
             del self._slots[deployment]
+
+    def _count(self) -> int:
+        return sum(len(slot.builds) for slot in self._slots.values())
+
+    def _evict(self) -> None:
+        """Close the longest unused while there are more than the limit. Those in use stay."""
+        excess = self._count() - self._limit
+        if excess <= 0:
+            return
+        idle = [
+            (build.used, slot, recipe)
+            for slot in self._slots.values()
+            for recipe, build in slot.builds.items()
+            if not slot.users[recipe]
+        ]
+        for _, slot, recipe in sorted(idle, key=lambda row: row[0])[:excess]:
+            log.info("the front end of %s is closed: others were used since", recipe.deployment)
+            self._discard(slot.builds.pop(recipe))
 
     def _discard(self, build: _Build) -> None:
         task = asyncio.create_task(_close(build))

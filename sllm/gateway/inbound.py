@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from sllm.core.ids import RequestId
 from sllm.errors import InvalidArgument
 from sllm.gateway.answers import Refusal, plain_refusal
-from sllm.gateway.frontends import Message, Receive
+from sllm.gateway.front_end import Message, Receive
 
 T = TypeVar("T")
 

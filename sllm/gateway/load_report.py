@@ -20,14 +20,16 @@ class LoadSink(Protocol):
     async def report_load(self, request: ReportLoadRequest) -> Empty: ...
 
 
-async def report_load(controller: LoadSink, requests: OpenRequests, *, gateway: str, every_s: float = EVERY_S) -> None:
+async def report_load(
+    controller: LoadSink, requests: OpenRequests, *, gateway: str, incarnation: str, every_s: float = EVERY_S
+) -> None:
     """Report until cancelled. What a lost report counted is in the next one."""
     failing = False
     while True:
         finished = requests.take_finished()
         try:
             await controller.report_load(
-                ReportLoadRequest(gateway=gateway, requests=requests.rows(), finished=finished)
+                ReportLoadRequest(gateway=gateway, incarnation=incarnation, requests=requests.rows(), finished=finished)
             )
             failing = False
         except SllmError as error:

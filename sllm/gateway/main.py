@@ -15,8 +15,9 @@ from sllm.errors import SllmError
 from sllm.gateway.app import App
 from sllm.gateway.connections import Connections
 from sllm.gateway.dispatch import Dispatcher
-from sllm.gateway.execution_files import ExecutionFiles
-from sllm.gateway.frontends import Builder, FrontEnds
+from sllm.gateway.execution_files import ExecutionFiles, make_folder
+from sllm.gateway.front_end import Builder
+from sllm.gateway.frontends import FrontEnds
 from sllm.gateway.hold import Hold
 from sllm.gateway.keys import Keys
 from sllm.gateway.load_report import report_load
@@ -48,7 +49,9 @@ async def run(config: GatewayConfig, tail: LogTail) -> None:
     """Serve until SIGTERM or SIGINT. To be run in `new_event_loop()`."""
     del tail  # nobody asks a gateway for its log over the network
     stop = lifecycle.stop_on_signals()
-    sock = listen(config.listen)  # before vLLM's long import: a taken port should be told at once
+    # Both before vLLM's long import: a taken port, or a folder that cannot be used, should be told at once.
+    sock = listen(config.listen)
+    make_folder(config.state_dir)
     os.environ.update(lifecycle.scratch_environment(config.state_dir.absolute() / "scratch"))
     from sllm.gateway import vllm_frontend  # not before vLLM's environment is needed
 
@@ -63,6 +66,7 @@ class Gateway:
         self, config: GatewayConfig, tls: Tls | None, make_builder: Callable[[ExecutionFiles, Dispatcher], Builder]
     ) -> None:
         self._config = config
+        self._incarnation = os.urandom(8).hex()  # tells this process from others of its name
         self._controller = RouteClient(config.controller, tls, peer="the controller")
         self._routes = Routes(self._controller, config.name)
         self._connections = Connections(gateway=config.name, tls=tls)
@@ -71,7 +75,8 @@ class Gateway:
         files = ExecutionFiles(
             config.state_dir / "execution", lambda address: AgentClient(address, tls, peer="the agent")
         )
-        self._front_ends = FrontEnds(self._routes, make_builder(files, self.dispatcher))
+        self._front_ends = FrontEnds(self._routes, make_builder(files, self.dispatcher), limit=config.front_ends)
+        self._routes.subscribe(lambda: files.prune(self._front_ends.digests()))
         self._keys = Keys.of(config)
         self._app = App(
             config, keys=self._keys, routes=self._routes, front_ends=self._front_ends, dispatcher=self.dispatcher
@@ -79,8 +84,7 @@ class Gateway:
 
     async def serve(self, sock: socket.socket, stop: asyncio.Event) -> None:
         """Serve on a listening socket until `stop` is set and what runs is over, `DRAIN_S` at most."""
-        if not self._keys.open_to_all:
-            log.warning("every request will be refused: no API keys, and %s is not loopback", self._config.listen)
+        self._keys.warn()
         try:
             await self._run(HttpServer(self._app, sock, cancel_after_s=_CANCEL_AFTER_S), address_of(sock), stop)
         except BaseExceptionGroup as group:
@@ -92,7 +96,12 @@ class Gateway:
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self._routes.run())
             reporting = tasks.create_task(
-                report_load(self._controller, self.dispatcher.requests, gateway=self._config.name)
+                report_load(
+                    self._controller,
+                    self.dispatcher.requests,
+                    gateway=self._config.name,
+                    incarnation=self._incarnation,
+                )
             )
             serving = tasks.create_task(server.run())
             await server.up()
@@ -108,7 +117,8 @@ class Gateway:
 
     async def _close(self) -> None:
         with contextlib.suppress(SllmError):  # the controller may be gone already
-            await self._controller.report_load(ReportLoadRequest(gateway=self._config.name))
+            last = ReportLoadRequest(gateway=self._config.name, incarnation=self._incarnation)
+            await self._controller.report_load(last)
         await self._front_ends.close()
         await self._connections.close()
         await self._controller.close()

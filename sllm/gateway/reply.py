@@ -12,7 +12,7 @@ import logging
 
 from sllm.errors import SllmError
 from sllm.gateway.answers import Headers, Refusal, plain_refusal, refusal, refusal_from_front_end
-from sllm.gateway.frontends import Message, Send
+from sllm.gateway.front_end import Message, Send
 from sllm.gateway.request import OpenRequest
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from sllm.errors import Unavailable
+from sllm.errors import Conflict
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -18,7 +18,7 @@ _TICK_S = 1.0
 
 
 def listen(address: str) -> socket.socket:
-    """Return a listening socket for `HOST:PORT` (port 0: any). Raises Unavailable if it is taken."""
+    """Return a listening socket for `HOST:PORT` (port 0: any). Raises Conflict if it is taken."""
     host, _, port = address.rpartition(":")
     with contextlib.ExitStack() as undo:
         try:
@@ -30,7 +30,7 @@ def listen(address: str) -> socket.socket:
             sock.bind(place)
             sock.listen(_BACKLOG)
         except OSError as error:
-            raise Unavailable(
+            raise Conflict(
                 f"cannot listen on {address}: {error.strerror}", hint="choose another port; 0 picks a free one"
             ) from error
         undo.pop_all()

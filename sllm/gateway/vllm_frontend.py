@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import json
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # no
 from vllm.entrypoints.launchers.app import build_app  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: E402
 from vllm.entrypoints.launchers.launcher import validate_api_server_args  # noqa: E402
+from vllm.model_executor.models import ModelRegistry  # noqa: E402
 from vllm.usage.usage_lib import UsageContext  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
@@ -36,7 +38,7 @@ from vllm.v1.engine.core_client import EngineCoreClient  # noqa: E402
 from sllm.core.engine_args import Taker, flags_for  # noqa: E402
 from sllm.errors import InvalidArgument, InvalidConfiguration, SllmError, UnsupportedCheckpoint  # noqa: E402
 from sllm.gateway.execution_files import ExecutionFiles  # noqa: E402
-from sllm.gateway.frontends import FrontEnd, Message, Receive, Recipe, Send  # noqa: E402
+from sllm.gateway.front_end import FrontEnd, Message, Receive, Recipe, Send  # noqa: E402
 from sllm.gateway.remote_engine import RemoteEngine, Submitter  # noqa: E402
 from sllm.gateway.vllm_outputs import order_of, outputs_of, problem_with  # noqa: E402
 
@@ -109,7 +111,7 @@ class VllmBuilder:
         engine = RemoteEngine(self._dispatcher)
         try:
             args = _parse(recipe, folder)
-            llm = await asyncio.to_thread(_make_llm, args, engine)
+            llm = await asyncio.to_thread(_make_llm, args, engine, _architectures(folder))
             app = build_app(args, _TASKS, llm.model_config)
             # The layers around the routes (CORS, metrics) would each be passed by every token.
             app.user_middleware.clear()
@@ -142,8 +144,23 @@ class _VllmFrontEnd:
         self._llm.shutdown()
 
 
-def _make_llm(args: Any, engine: RemoteEngine) -> Any:
+def _architectures(folder: Path) -> list[str]:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return [name for name in values.get("architectures") or () if isinstance(name, str)]
+
+
+@functools.cache
+def _import_architecture(name: str) -> None:
+    """Import a model's code in this process. Without it vLLM inspects it in a new interpreter: ten seconds and more."""
+    registered = ModelRegistry.models.get(name)
+    if registered is not None:
+        ModelRegistry.register_model(name, registered.load_model_cls())
+
+
+def _make_llm(args: Any, engine: RemoteEngine, architectures: list[str]) -> Any:
     _engine_to_use.set(engine)
+    for name in architectures:
+        _import_architecture(name)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     try:
         validate_api_server_args(args)  # reads what the line above has filled in

@@ -6,13 +6,14 @@ regular files are opened, and weights are safetensors or nothing, because unpick
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm.errors import InvalidArgument, InvalidCheckpoint, NotFound
+from sllm.errors import InvalidArgument, InvalidCheckpoint, NotFound, SllmError
 from sllm.loader.facts import (
     CONFIG,
     ModelFacts,
@@ -23,6 +24,7 @@ from sllm.loader.facts import (
 )
 from sllm.loader.safetensors import LENGTH_BYTES, StoredTensor, header_bytes, parse
 
+_OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing of the file
 INDEX = "model.safetensors.index.json"
 MANIFEST = "checkpoint.json"
 MAX_EXECUTION_FILE_BYTES = 64 << 20
@@ -114,6 +116,8 @@ def open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno in _OUR_FAULT:
+            raise SllmError(f"cannot read {path}: {error.strerror}", hint="raise the limit of open files") from error
         raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd

@@ -1,7 +1,8 @@
 """The SSD store: checkpoints as folders, each complete or absent. Blocking; the caller gives it a thread.
 
 `ROOT/NAME/` has the files and their manifest. A checkpoint is copied to `ROOT/.tmp-…`, flushed, then renamed: a crash
-leaves no half checkpoint, and what it leaves behind is removed at the next start.
+leaves no half checkpoint, and what it leaves behind is removed at the next start. A copy that is found damaged stays
+where it is, is not used, and is replaced when the same content is added again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.ids import CheckpointName
 from sllm.errors import CapacityExceeded, Conflict, InvalidCheckpoint, NotFound, SllmError
+from sllm.loader.checking import check, check_sizes
 from sllm.loader.copying import Progress, copy_files, flush_folder, write_flushed
 from sllm.loader.manifest import Manifest, digest_of, main_dtype
 from sllm.loader.source import MANIFEST, Source, examine, open_regular
@@ -40,11 +42,18 @@ class SsdStore:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         # Replaced, never changed in place: readers in other threads take no lock.
+        self._damaged: frozenset[CheckpointName] = frozenset()
         self._manifests = dict(self._scan())
 
     def manifests(self) -> tuple[Manifest, ...]:
-        """Return all checkpoints, by name."""
-        return tuple(manifest for _, manifest in sorted(self._manifests.items()))
+        """Return the checkpoints that can be used, by name."""
+        damaged = self._damaged
+        return tuple(manifest for name, manifest in sorted(self._manifests.items()) if name not in damaged)
+
+    def damaged(self) -> tuple[Manifest, ...]:
+        """Return those that cannot, by name."""
+        damaged = self._damaged
+        return tuple(manifest for name, manifest in sorted(self._manifests.items()) if name in damaged)
 
     def named(self, name: CheckpointName) -> Manifest:
         """Raises NotFound."""
@@ -53,10 +62,15 @@ class SsdStore:
         return self._manifests[name]
 
     def with_digest(self, digest: str) -> Manifest:
-        """Raises NotFound."""
+        """Return a checkpoint to use. Raises NotFound; InvalidCheckpoint if it is here but damaged."""
         for manifest in self.manifests():
             if manifest.checkpoint.digest == digest:
                 return manifest
+        for manifest in self.damaged():
+            if manifest.checkpoint.digest == digest:
+                raise InvalidCheckpoint(
+                    f"the copy of {manifest.checkpoint.name!r} on this node is damaged", hint="add it again"
+                )
         raise NotFound(f"no checkpoint with digest {digest} is on this node")
 
     def folder(self, manifest: Manifest) -> Path:
@@ -76,32 +90,63 @@ class SsdStore:
         Raises Conflict if the name is taken by another content, CapacityExceeded, InvalidCheckpoint, and whatever
         `progress` raises.
         """
-        if name in self._manifests:
-            return self._same_again(name, source, progress)
-        self._check_room(source.total_bytes)
+        there = self._manifests.get(name)
+        if there is not None and name not in self._damaged:
+            return self._same_again(there, source, progress)
+        self._check_room(source.total_bytes, there)
         work = self.root / f"{_TMP}{secrets.token_hex(6)}"
         work.mkdir(mode=0o700)
         try:
             manifest = self._fill(work, name, source, origin, now=now, progress=progress)
-            os.rename(work, self.root / name)
-            flush_folder(self.root)
+            if there is not None:
+                _check_same(there, manifest.checkpoint.digest)
+            self._put(work, name)
         except OSError as error:
             raise _write_error(error, name) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
         with self._lock:
             self._manifests = {**self._manifests, name: manifest}
+            self._damaged -= {name}
         return manifest
 
-    def remove(self, name: CheckpointName) -> None:
-        """Remove a checkpoint. Raises NotFound."""
-        self.named(name)
-        work = self.root / f"{_TMP}{secrets.token_hex(6)}"
-        os.rename(self.root / name, work)
+    def quarantine(self, manifest: Manifest) -> None:
+        """Use a copy no more: it is damaged."""
         with self._lock:
-            self._manifests = {other: manifest for other, manifest in self._manifests.items() if other != name}
+            if self._manifests.get(manifest.checkpoint.name) == manifest:
+                self._damaged |= {manifest.checkpoint.name}
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises InvalidCheckpoint if the stored files are visibly not what was added."""
+        check(self.folder(manifest), manifest)
+
+    def withdraw(self, name: CheckpointName) -> Manifest:
+        """Take a checkpoint out, at once; its files stay until `discard`. Raises NotFound."""
+        manifest = self.named(name)
+        with self._lock:
+            self._manifests = {other: kept for other, kept in self._manifests.items() if other != name}
+            self._damaged -= {name}
+        return manifest
+
+    def discard(self, manifest: Manifest) -> None:
+        """Delete the files of a checkpoint that was withdrawn."""
+        try:
+            self._set_aside(manifest.checkpoint.name)
+            flush_folder(self.root)
+        except OSError as error:
+            raise SllmError(f"cannot delete {self.folder(manifest)}: {error.strerror}") from error
+
+    def _put(self, work: Path, name: CheckpointName) -> None:
+        """Give a finished copy its name, in place of what cannot be used."""
+        if (self.root / name).exists():
+            self._set_aside(name)
+        os.rename(work, self.root / name)
         flush_folder(self.root)
-        shutil.rmtree(work, ignore_errors=True)
+
+    def _set_aside(self, name: CheckpointName) -> None:
+        gone = self.root / f"{_TMP}{secrets.token_hex(6)}"
+        os.rename(self.root / name, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def execution_files(self, digest: str, *, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
         """Yield (path, content) of each execution file, large ones in pieces. Raises NotFound."""
@@ -112,14 +157,8 @@ class SsdStore:
                 while piece := opened.read(piece_bytes):
                     yield file.path, piece
 
-    def _same_again(self, name: CheckpointName, source: Source, progress: Progress) -> Manifest:
-        there = self._manifests[name]
-        digest = digest_of(copy_files((*source.shards, *source.execution_files), None, progress))
-        if digest != there.checkpoint.digest:
-            raise Conflict(
-                f"checkpoint {name!r} is there already, with other content",
-                hint="choose another name, or remove it first: sllm checkpoint remove",
-            )
+    def _same_again(self, there: Manifest, source: Source, progress: Progress) -> Manifest:
+        _check_same(there, digest_of(copy_files((*source.shards, *source.execution_files), None, progress)))
         return there
 
     def _fill(
@@ -147,10 +186,11 @@ class SsdStore:
         flush_folder(work)
         return manifest
 
-    def _check_room(self, needed_bytes: int) -> None:
+    def _check_room(self, needed_bytes: int, replaced: Manifest | None) -> None:
         free = self._free_on_disk()
         if self._limit_bytes:
-            free = min(free, self._limit_bytes - self.used_bytes)
+            given_up = _stored_bytes(replaced) if replaced else 0
+            free = min(free, self._limit_bytes - self.used_bytes + given_up)
         if needed_bytes > free:
             raise CapacityExceeded(
                 f"the checkpoint has {needed_bytes} bytes, the SSD store has room for {max(0, free)}",
@@ -172,6 +212,14 @@ class SsdStore:
                     log.error("checkpoint %s is left out: %s", folder.name, error)
                 else:
                     yield manifest.checkpoint.name, manifest
+                    self._check_found(folder, manifest)
+
+    def _check_found(self, folder: Path, manifest: Manifest) -> None:
+        try:
+            check_sizes(folder, manifest)
+        except SllmError as error:
+            log.error("checkpoint %s is damaged: %s", folder.name, error)
+            self._damaged |= {manifest.checkpoint.name}
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -181,11 +229,15 @@ def _read_manifest(folder: Path) -> Manifest:
         raise InvalidCheckpoint(f"cannot read its {MANIFEST}: {error.strerror}") from error
     if manifest.checkpoint.name != folder.name:
         raise InvalidCheckpoint(f"its {MANIFEST} is that of {manifest.checkpoint.name!r}")
-    for file in (*manifest.shards, *manifest.execution_files):
-        path = folder / file.path
-        if not path.is_file() or path.stat().st_size != file.size_bytes:
-            raise InvalidCheckpoint(f"its file {file.path} is missing or has another size")
     return manifest
+
+
+def _check_same(there: Manifest, digest: str) -> None:
+    if digest != there.checkpoint.digest:
+        raise Conflict(
+            f"checkpoint {there.checkpoint.name!r} is there already, with other content",
+            hint="choose another name, or remove it first: sllm checkpoint remove",
+        )
 
 
 def _stored_bytes(manifest: Manifest) -> int:

@@ -198,7 +198,7 @@ class AcquireUpdate(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., progress: _Optional[float] = ..., target: _Optional[_Union[_common_pb2.RouteTarget, _Mapping]] = ...) -> None: ...
 
 class ReportLoadRequest(_message.Message):
-    __slots__ = ("gateway", "requests", "finished")
+    __slots__ = ("gateway", "requests", "finished", "incarnation")
     class FinishedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -209,7 +209,9 @@ class ReportLoadRequest(_message.Message):
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     gateway: str
     requests: _containers.RepeatedCompositeFieldContainer[_common_pb2.RequestRow]
     finished: _containers.ScalarMap[str, int]
-    def __init__(self, gateway: _Optional[str] = ..., requests: _Optional[_Iterable[_Union[_common_pb2.RequestRow, _Mapping]]] = ..., finished: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    incarnation: str
+    def __init__(self, gateway: _Optional[str] = ..., requests: _Optional[_Iterable[_Union[_common_pb2.RequestRow, _Mapping]]] = ..., finished: _Optional[_Mapping[str, int]] = ..., incarnation: _Optional[str] = ...) -> None: ...

@@ -42,12 +42,13 @@ class ReportLoadRequest:
     """All open requests of a gateway, every second; what is not in it is over.
 
     `finished` counts, per deployment, the requests that ended since the last report: one that began and ended
-    between two reports is traffic too.
+    between two reports is traffic too. `incarnation` tells processes of one name apart.
     """
 
     gateway: str
     requests: tuple[RequestRow, ...] = ()
     finished: dict[str, int] = field(default_factory=dict)
+    incarnation: str = ""
 
 
 class RouteService(Protocol):

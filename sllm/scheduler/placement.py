@@ -6,20 +6,23 @@ checkpoint in DRAM, then those with the fewest replicas, then by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from sllm.core.device import Device, DeviceState
-from sllm.core.ids import DeploymentName, DeviceId, NodeName
+from sllm.core.ids import DeviceId, NodeName
 from sllm.core.node import NodeState
 from sllm.core.residency import Tier
 from sllm.core.snapshot import DeploymentView, NodeView, ReplicaView, Snapshot
+
+REFUSALS_TOLD = 4
 
 
 class WaitsOn(StrEnum):
     NODES = "nodes"  # no usable node holds the checkpoint
     DEVICES = "devices"  # those that hold it have no free devices
+    MEMORY = "memory"  # their devices are too small, free or not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,7 @@ class Candidate:
 
     node: NodeName
     refused: str
+    waits_on: WaitsOn | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,32 +102,36 @@ class Room:
         )
 
 
-def place(snapshot: Snapshot, deployment: DeploymentName, now: float) -> Placement | Waiting:
-    """Say where a replica of the deployment would be started, as the snapshot is."""
-    del now  # a rule that prices waiting will need it
-    return place_in(Room(snapshot), snapshot.deployments[deployment])
-
-
-def place_in(room: Room, view: DeploymentView) -> Placement | Waiting:
-    """As `place`, within the room left by what is planned already."""
+def place(room: Room, view: DeploymentView) -> Placement | Waiting:
+    """Say where a replica of the deployment would be started, within the room left by what is planned already."""
     revision = view.current
     avoided = view.failures.nodes if view.failures else frozenset[NodeName]()
     holders = room.holders(revision.deployment.digest)
-    refusals = {node.report.name: _refusal(room, node, view) for node in holders}
-    fit = [node for node in holders if not refusals[node.report.name]]
+    refused = {node.report.name: why for node in holders if (why := _refusal(room, node, view))}
+    fit = [node for node in holders if node.report.name not in refused]
     if not fit:
-        return _waiting(view, refusals)
+        return _waiting(view, _candidates(refused.values()))
     fit.sort(key=lambda node: _rank(room, node, revision.deployment.digest, avoided))
     best = fit[0]
-    for other in fit[1:]:
-        refusals[other.report.name] = f"{best.report.name} is preferred"
+    preferred = f"{best.report.name} is preferred"
+    others = [Candidate(node=other.report.name, refused=preferred) for other in fit[1:]]
+    taken = Candidate(node=best.report.name, refused="")
     devices = _usable(room, best, view)[: revision.deployment.spec.devices]
     return Placement(
         node=best.report.name,
         devices=tuple(device.id for device in devices),
         tier=best.tier_of(revision.deployment.digest) or Tier.SSD,
-        candidates=_candidates(refusals),
+        candidates=_candidates([taken, *others, *refused.values()]),
     )
+
+
+def refusals(candidates: Sequence[Candidate]) -> str:
+    """Why nodes were not taken, in one line: of many nodes, the first."""
+    lost = [candidate for candidate in candidates if candidate.refused]
+    texts = [f"{candidate.node}: {candidate.refused}" for candidate in lost[:REFUSALS_TOLD]]
+    if len(lost) > REFUSALS_TOLD:
+        texts.append(f"and {len(lost) - REFUSALS_TOLD} more")
+    return "; ".join(texts)
 
 
 def device_bytes(view: DeploymentView) -> int:
@@ -135,13 +143,23 @@ def _usable(room: Room, node: NodeView, view: DeploymentView) -> list[Device]:
     return [device for device in room.free(node) if device.memory_bytes >= device_bytes(view)]
 
 
-def _refusal(room: Room, node: NodeView, view: DeploymentView) -> str:
+def _refusal(room: Room, node: NodeView, view: DeploymentView) -> Candidate | None:
+    """Why the node cannot be taken now, if so."""
+    name = node.report.name
     if node.state is not NodeState.READY:
-        return f"it is {node.state.value}"
-    wanted, usable = view.current.deployment.spec.devices, len(_usable(room, node, view))
-    if usable < wanted:
-        return f"{usable} of {wanted} devices are free"
-    return ""
+        return Candidate(node=name, refused=f"it is {node.state.value}", waits_on=WaitsOn.NODES)
+    wanted, needed = view.current.deployment.spec.devices, device_bytes(view)
+    usable, free = len(_usable(room, node, view)), len(room.free(node))
+    if usable >= wanted:
+        return None
+    sizes = [device.memory_bytes for device in node.report.devices if device.state is not DeviceState.LOST]
+    large = sum(size >= needed for size in sizes)
+    if large < min(wanted, len(sizes)):
+        text = f"{large} of {wanted} devices have the {needed} bytes that are needed, the largest has {max(sizes)}"
+        return Candidate(node=name, refused=text, waits_on=WaitsOn.MEMORY)
+    too_small = f", and {free - usable} with less than the {needed} bytes that are needed" if free > usable else ""
+    text = f"{usable} of {wanted} devices are free{too_small}"
+    return Candidate(node=name, refused=text, waits_on=WaitsOn.DEVICES)
 
 
 def _rank(room: Room, node: NodeView, digest: str, avoided: frozenset[NodeName]) -> tuple[bool, bool, int, int, str]:
@@ -150,14 +168,17 @@ def _rank(room: Room, node: NodeView, digest: str, avoided: frozenset[NodeName])
     return (name in avoided, not node.report.warm, -(node.tier_of(digest) or Tier.SSD), room.count(name), name)
 
 
-def _waiting(view: DeploymentView, refusals: dict[NodeName, str]) -> Waiting:
-    candidates = _candidates(refusals)
-    if any("devices" in refused for refused in refusals.values()):
+def _waiting(view: DeploymentView, candidates: tuple[Candidate, ...]) -> Waiting:
+    reasons = {candidate.waits_on for candidate in candidates}
+    if WaitsOn.DEVICES in reasons:
         return Waiting(on=WaitsOn.DEVICES, text="waiting for a free device", candidates=candidates)
+    if WaitsOn.MEMORY in reasons:
+        text = f"waiting for devices with {device_bytes(view)} bytes of memory"
+        return Waiting(on=WaitsOn.MEMORY, text=text, candidates=candidates)
     checkpoint = view.current.deployment.spec.checkpoint
     text = f"waiting for a ready node that holds checkpoint {checkpoint!r}"
     return Waiting(on=WaitsOn.NODES, text=text, candidates=candidates)
 
 
-def _candidates(refusals: dict[NodeName, str]) -> tuple[Candidate, ...]:
-    return tuple(Candidate(node=node, refused=refused) for node, refused in sorted(refusals.items()))
+def _candidates(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    return tuple(sorted(candidates, key=lambda candidate: candidate.node))

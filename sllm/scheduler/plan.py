@@ -41,9 +41,20 @@ Action = StartReplica | DrainReplica | StopReplica | RemoveDeployment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """What a deployment waits for. `detail`, which names nodes, is for operators, not for who sends requests."""
+
+    text: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.detail})" if self.detail else self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`reasons` says, for deployments that do not have what they need, what they wait for."""
 
     actions: tuple[Action, ...] = ()
-    reasons: Mapping[DeploymentName, str] = field(default_factory=dict)
+    reasons: Mapping[DeploymentName, Reason] = field(default_factory=dict)
     wake_at: float | None = None

@@ -8,8 +8,8 @@ from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import Scale, scale
-from sllm.scheduler.placement import Placement, Room, Waiting, place_in
-from sllm.scheduler.plan import Action, DrainReplica, Plan, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.placement import Placement, Room, Waiting, place, refusals
+from sllm.scheduler.plan import Action, DrainReplica, Plan, Reason, RemoveDeployment, StartReplica, StopReplica
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
@@ -40,7 +40,7 @@ class _Planner:
         self._room = Room(snapshot)
         self._replicas = snapshot.replicas_by_deployment()
         self._actions: list[Action] = []
-        self._reasons: dict[DeploymentName, str] = {}
+        self._reasons: dict[DeploymentName, Reason] = {}
         self._wakes: list[float] = []
         self._ended: set[ReplicaId] = set()
 
@@ -86,9 +86,9 @@ class _Planner:
         """Start what is missing; return outdated replicas that were let go to make room for it."""
         missing = min(wanted.needed - len(current), self._allowed_starts(view, current, wanted))
         for _ in range(missing):
-            placement = place_in(self._room, view)
+            placement = place(self._room, view)
             if isinstance(placement, Waiting):
-                self._reasons[view.name] = placement.text
+                self._reasons[view.name] = Reason(text=placement.text, detail=refusals(placement.candidates))
                 return self._make_room(view, outdated)
             self._start(view, placement)
         return []
@@ -97,14 +97,15 @@ class _Planner:
         if wanted.needed <= len(current):
             return 0
         if not self._snapshot.settled:
-            self._reasons[view.name] = "waiting for the nodes to report after a restart of the controller"
+            text = "waiting for the nodes to report after a restart of the controller"
+            self._reasons[view.name] = Reason(text=text)
             return 0
         failures = view.failures
         if failures is None:
             return wanted.needed
         if self._now < failures.retry_at:
             self._wakes.append(failures.retry_at)
-            self._reasons[view.name] = f"the last start failed: {failures.error}"
+            self._reasons[view.name] = Reason(text=f"the last start failed: {failures.error}")
             return 0
         # After a failure one is tried at a time.
         return 1 - sum(r.starting for r in current)
@@ -112,6 +113,8 @@ class _Planner:
     def _start(self, view: DeploymentView, placement: Placement) -> None:
         self._room.take(placement.node, placement.devices)
         why = f"holds the checkpoint in {placement.tier.name}, {len(placement.devices)} devices free"
+        if others := refusals(placement.candidates):
+            why += f" ({others})"
         self._actions.append(
             StartReplica(deployment=view.name, node=placement.node, devices=placement.devices, why=why)
         )
@@ -123,11 +126,11 @@ class _Planner:
         """
         leaving = [r for r in self._snapshot.replicas.values() if not r.live or r.spec.id in self._ended]
         room = self._room.without(leaving)
-        if isinstance(place_in(room, view), Placement):
+        if isinstance(place(room, view), Placement):
             return []  # room is on its way
         order = [*_idlest_first(self._snapshot, outdated), *self._spare_elsewhere(view)]
         for count in range(1, len(order) + 1):
-            placement = place_in(room.without(order[:count]), view)
+            placement = place(room.without(order[:count]), view)
             if isinstance(placement, Placement):
                 chosen = [r for r in order[:count] if r.node == placement.node]
                 for replica in chosen:

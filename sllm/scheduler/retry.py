@@ -11,26 +11,35 @@ from sllm.errors import EngineFailed
 COOL_DOWN_S = 300.0
 
 # Reasons that a second try would only repeat.
-PERMANENT = frozenset(
-    {
-        "INVALID_ARGUMENT",
-        "UNSUPPORTED_CHECKPOINT",
-        "CAPACITY_EXCEEDED",
-        "INVALID_CHECKPOINT",
-        "INVALID_CONFIGURATION",
-    }
-)
+PERMANENT = frozenset({"INVALID_ARGUMENT", "UNSUPPORTED_CHECKPOINT", "INVALID_CONFIGURATION"})
+# As permanent, but perhaps only where it was tried: that node is short of memory, or its copy is damaged.
+OF_ONE_NODE = frozenset({"CAPACITY_EXCEEDED", "INVALID_CHECKPOINT"})
 
 
 def failed(
-    view: DeploymentView, node: NodeName, revision: int, *, error: str, reason: str, now: float, policy: Policy
+    view: DeploymentView,
+    node: NodeName,
+    revision: int,
+    *,
+    error: str,
+    reason: str,
+    now: float,
+    policy: Policy,
+    holders: frozenset[NodeName],
+    ready_at: float | None = None,
 ) -> DeploymentView:
-    """Count a failed start of the deployment's current revision; one of an earlier revision changes nothing."""
+    """Count a failed start of the deployment's current revision; one of an earlier revision changes nothing.
+
+    `holders` are the nodes that have the checkpoint; `ready_at`: when the replica became ready, if it did. One that
+    dies soon after counts as one that never was: else what dies again and again would be started without end.
+    """
     if revision != view.current.number:
         return view
-    before = view.failures or Failures(revision=revision, count=0, retry_at=now)
+    before = view.failures or _overcome(view, ready_at, now, policy)
+    before = before or Failures(revision=revision, count=0, retry_at=now)
     count = before.count + 1
-    permanent = reason in PERMANENT
+    nodes = before.nodes | {node}
+    permanent = reason in PERMANENT or (reason in OF_ONE_NODE and holders <= nodes)
     wait_s = COOL_DOWN_S if permanent else min(COOL_DOWN_S, policy.start_backoff_s * 2.0 ** min(count - 1, 30))
     failures = Failures(
         revision=revision,
@@ -39,7 +48,7 @@ def failed(
         given_up=permanent or count >= policy.max_start_failures,
         error=error,
         reason=reason,
-        nodes=before.nodes | {node},
+        nodes=nodes,
     )
     return replace(view, failures=failures)
 
@@ -55,11 +64,22 @@ def hindered(
     return replace(view, failures=replace(before, retry_at=retry_at, nodes=before.nodes | {node}))
 
 
-def succeeded(view: DeploymentView, revision: int) -> DeploymentView:
-    """A replica became ready: what failed before counts no more."""
+def succeeded(view: DeploymentView, revision: int, now: float) -> DeploymentView:
+    """A replica became ready: what failed before counts no more, unless this one does not last."""
     if view.failures is None or view.failures.revision != revision:
         return view
-    return replace(view, failures=None)
+    return replace(view, failures=None, overcome=view.failures, overcome_at=now)
+
+
+def forgiven(view: DeploymentView) -> DeploymentView:
+    """Somebody changed the deployment: begin to count anew."""
+    return replace(view, failures=None, overcome=None)
+
+
+def _overcome(view: DeploymentView, ready_at: float | None, now: float, policy: Policy) -> Failures | None:
+    """The failures before the last success, if that was too short to end them."""
+    lasted = ready_at is not None and now >= ready_at + policy.stable_after_s
+    return None if lasted or now >= view.overcome_at + policy.stable_after_s else view.overcome
 
 
 def refusal(view: DeploymentView, now: float) -> EngineFailed | None:

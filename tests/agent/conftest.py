@@ -20,7 +20,7 @@ from sllm.agent.changes import Changes
 from sllm.agent.devices.fake import FakeDevices
 from sllm.agent.folders import prepare
 from sllm.agent.node import LocalNode
-from sllm.agent.processes import open_process, start_ticks
+from sllm.agent.processes import open_process
 from sllm.agent.warm.fake import FakeWarm
 from sllm.config import AgentConfig
 from sllm.core.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from sllm.core.launch import LaunchRecord
 from sllm.core.node import NodeReport
 from sllm.core.replica import ReplicaSpec, ReplicaStatus
 from sllm.errors import SllmError
+from sllm.linux import start_ticks
 from sllm.loader.memory.pool import Pool
 from sllm.rpc import nodes, transport
 from sllm.rpc.agents import AddCheckpointCommand, AgentClient, StartReplicaCommand, StopReplicaCommand

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from sllm.agent.processes import start_ticks
 from sllm.core.device import DeviceState
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.residency import ResidencyState, Tier
 from sllm.errors import Conflict, NotFound
+from sllm.linux import start_ticks
 from sllm.rpc.agents import AgentReadLogsRequest, GetExecutionFilesRequest
 
 pytestmark = pytest.mark.e2e
@@ -44,6 +44,8 @@ async def test_a_replica_starts_serves_and_stops(
     assert status.phases_s.keys() == {"queued", "reading", "forking", "building"}
     assert status.address
     assert start_ticks(status.pid) is not None
+    scratch = agent.state / "scratch" / "replicas" / spec.id
+    assert scratch.stat().st_mode & 0o777 == 0o700
     report = agent.controller.reports[-1]
     assert device_states(report) == [DeviceState.LEASED]
     assert {(r.tier, r.state) for r in report.residencies} == {
@@ -56,6 +58,7 @@ async def test_a_replica_starts_serves_and_stops(
     report = await agent.controller.until(lambda r: not r.replicas)
     assert device_states(report) == [DeviceState.FREE]
     assert agent.host_records() == []
+    assert not scratch.exists()
 
 
 async def test_a_second_start_finds_the_weights_in_memory(

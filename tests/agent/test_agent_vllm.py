@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from sllm.agent.processes import start_ticks
 from sllm.core.ids import CheckpointName, DeviceId, OperationId, ReplicaId
 from sllm.core.residency import Tier
 from sllm.errors import UnsupportedCheckpoint
+from sllm.linux import start_ticks
 from sllm.rpc.agents import AddCheckpointCommand
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(300)]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sllm.core.ids import CheckpointName
+from sllm.core.ids import CheckpointName, ReplicaId
+from sllm.core.residency import ResidencyState, Tier
 from sllm.errors import Conflict, InvalidArgument, InvalidCheckpoint, NotFound, UnsupportedCheckpoint
 
 DEMO = CheckpointName("demo")
@@ -132,3 +133,38 @@ async def test_memory_keeps_a_content_that_has_another_name(make_node: Callable[
     assert node.local.weights.pool.find(digest)
     await node.local.checkpoints.remove(CheckpointName("twin"))
     assert not node.local.weights.pool.find(digest)
+
+
+async def test_a_start_finds_nothing_of_what_is_being_removed(
+    make_node: Callable[..., Any], make_spec: Callable[..., Any], model: Path
+) -> None:
+    node = make_node()
+    spec = make_spec(await node.add(model))
+    removing = asyncio.create_task(node.local.checkpoints.remove(DEMO))
+    await asyncio.sleep(0)
+    with pytest.raises(NotFound):
+        node.local.replicas.start(spec)
+    with pytest.raises(Conflict, match="being removed"):
+        await node.add(model)
+    await removing
+    assert await node.add(model) == spec.digest
+
+
+async def test_a_copy_that_a_start_finds_damaged_is_put_in_quarantine_until_it_is_added_again(
+    make_node: Callable[..., Any], make_spec: Callable[..., Any], model: Path
+) -> None:
+    node = make_node()
+    spec = make_spec(await node.add(model))
+    manifest = node.local.store.with_digest(spec.digest)
+    (node.local.store.folder(manifest) / "model.safetensors").write_bytes(b"short")
+    node.local.replicas.start(spec)
+    await node.until(lambda: node.state() == "failed")
+    assert node.status().error_reason == "INVALID_CHECKPOINT"
+    report = node.local.report("127.0.0.1:1")
+    assert [(r.tier, r.state) for r in report.residencies] == [(Tier.SSD, ResidencyState.QUARANTINED)]
+    with pytest.raises(InvalidCheckpoint, match="damaged"):
+        node.local.replicas.start(make_spec(spec.digest, id=ReplicaId("rep-2")))
+    assert await node.add(model) == spec.digest
+    assert [r.state for r in node.local.report("").residencies] == [ResidencyState.READY]
+    node.local.replicas.start(make_spec(spec.digest, id=ReplicaId("rep-2")))
+    await node.until_host()

@@ -21,7 +21,8 @@ class Node:
     def __init__(self, controller: Any, **options: Any) -> None:
         self.changes = Changes()
         self.epochs: list[int] = []
-        self.heartbeat = Heartbeat(controller, self.changes, self.report, self.epochs.append, **options)
+        self.ticks = 0
+        self.heartbeat = Heartbeat(controller, self.changes, self.report, self.epochs.append, self.tick, **options)
 
     def report(self) -> NodeReport:
         return NodeReport(
@@ -33,6 +34,9 @@ class Node:
             engine="fake",
             warm=False,
         )
+
+    def tick(self) -> None:
+        self.ticks += 1
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -80,6 +84,7 @@ async def test_without_changes_it_beats_in_time_without_a_report(controller: Any
     async with node.running():
         await until(controller, lambda: len(controller.heartbeats) >= 3)
     assert all(beat.report is None and beat.revision == 0 for beat in controller.heartbeats)
+    assert node.ticks >= 3
 
 
 async def test_a_resync_is_answered_at_once_with_everything(controller: Any) -> None:

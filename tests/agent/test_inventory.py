@@ -57,6 +57,7 @@ def facts(**changes: Any) -> Facts:
         "devices": (),
         "holders": {},
         "manifests": (),
+        "damaged": (),
         "in_memory": (),
         "replicas": (),
         "ssd": TierUsage(tier=Tier.SSD, capacity_bytes=1000, used_bytes=10),
@@ -106,3 +107,10 @@ def test_a_checkpoint_resides_where_its_bytes_are() -> None:
     }
     assert made.tiers[-1] == TierUsage(tier=Tier.DEVICE, capacity_bytes=100, used_bytes=10)
     assert [checkpoint.name for checkpoint in made.checkpoints] == ["demo", "other", "cold"]
+
+
+def test_a_damaged_copy_is_in_quarantine_on_every_tier() -> None:
+    held = InMemory(digest="d1", size_bytes=64, ready=True)
+    made = report(IDENTITY, facts(damaged=(manifest("demo", "d1"),), in_memory=(held,)))
+    assert [(r.tier, r.state) for r in made.residencies] == [(Tier.SSD, ResidencyState.QUARANTINED)]
+    assert [checkpoint.name for checkpoint in made.checkpoints] == ["demo"]

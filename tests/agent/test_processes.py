@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from sllm.agent import tether
-from sllm.agent.processes import open_process, reap, start_ticks
+from sllm.agent.processes import open_process, reap
 from sllm.agent.warm.host import ForkedHost
+from sllm.linux import start_ticks
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(60)")
 

@@ -57,31 +57,35 @@ def test_a_start_goes_through_its_phases_and_their_seconds_add_up() -> None:
         (5.0, said(ReplicaState.STARTING)),
         (9.0, said(ReplicaState.READY, StartPhase.READY)),
     ]:
-        now = step(now, event, seconds)
+        now = step(now, event, seconds, wall=1000.0 + seconds)
     status = now.status
     assert status.state is ReplicaState.READY
     assert status.phases_s == {"queued": 1.0, "reading": 3.0, "forking": 1.0, "building": 4.0}
-    assert (status.ready_at, status.progress, status.pid, status.address) == (9.0, 1.0, 7, "127.0.0.1:1")
+    assert (status.ready_at, status.progress, status.pid, status.address) == (1009.0, 1.0, 7, "127.0.0.1:1")
 
 
 def test_a_phase_begins_with_no_progress() -> None:
-    now = step(tracked(progress=0.7), PhaseBegan(phase=StartPhase.FORKING), 1.0)
+    now = step(tracked(progress=0.7), PhaseBegan(phase=StartPhase.FORKING), 1.0, wall=0.0)
     assert now.status.progress == 0.0
 
 
 def test_the_hosts_own_seconds_count() -> None:
-    now = step(tracked(), said(ReplicaState.READY, StartPhase.READY, phases_s={"building": 0.25}), 9.0)
+    now = step(tracked(), said(ReplicaState.READY, StartPhase.READY, phases_s={"building": 0.25}), 9.0, wall=0.0)
     assert now.status.phases_s["building"] == 0.25
 
 
 def test_a_serving_replica_reports_its_load() -> None:
-    now = step(tracked(ReplicaState.READY), said(ReplicaState.READY, running=3, waiting=2, memory_bytes=9), 1.0)
+    now = step(
+        tracked(ReplicaState.READY), said(ReplicaState.READY, running=3, waiting=2, memory_bytes=9), 1.0, wall=0.0
+    )
     assert (now.status.running, now.status.waiting, now.status.memory_bytes) == (3, 2, 9)
 
 
 @pytest.mark.parametrize("state", [ReplicaState.STARTING, ReplicaState.READY])
 def test_a_host_that_failed_gives_its_reason(state: ReplicaState) -> None:
-    now = step(tracked(state), said(ReplicaState.FAILED, error="no kernel", error_reason="ENGINE_FAILED"), 1.0)
+    now = step(
+        tracked(state), said(ReplicaState.FAILED, error="no kernel", error_reason="ENGINE_FAILED"), 1.0, wall=0.0
+    )
     assert (now.status.state, now.status.error, now.status.error_reason) == (
         ReplicaState.FAILED,
         "no kernel",
@@ -90,7 +94,7 @@ def test_a_host_that_failed_gives_its_reason(state: ReplicaState) -> None:
 
 
 def test_a_failure_of_ours_keeps_its_reason() -> None:
-    now = step(tracked(), Failed(error=CapacityExceeded("too big")), 1.0)
+    now = step(tracked(), Failed(error=CapacityExceeded("too big")), 1.0, wall=0.0)
     assert (now.status.error, now.status.error_reason) == ("too big", "CAPACITY_EXCEEDED")
 
 
@@ -106,7 +110,7 @@ def test_a_failure_of_ours_keeps_its_reason() -> None:
     ],
 )
 def test_only_what_serves_drains(state: ReplicaState, drain_s: float, expected: ReplicaState) -> None:
-    assert step(tracked(state), StopAsked(drain_s=drain_s), 1.0).status.state is expected
+    assert step(tracked(state), StopAsked(drain_s=drain_s), 1.0, wall=0.0).status.state is expected
 
 
 @pytest.mark.parametrize("state", [ReplicaState.DRAINING, ReplicaState.STOPPING])
@@ -116,11 +120,14 @@ def test_a_late_word_does_not_undo_a_stop(state: ReplicaState) -> None:
         said(ReplicaState.FAILED, error="x"),
         Failed(error=EngineFailed("died")),
     ):
-        assert step(tracked(state), event, 1.0).status.state is state
+        assert step(tracked(state), event, 1.0, wall=0.0).status.state is state
 
 
 def test_a_host_told_to_end_by_somebody_else_is_on_its_way_out() -> None:
-    assert step(tracked(ReplicaState.READY), said(ReplicaState.DRAINING), 1.0).status.state is ReplicaState.DRAINING
+    assert (
+        step(tracked(ReplicaState.READY), said(ReplicaState.DRAINING), 1.0, wall=0.0).status.state
+        is ReplicaState.DRAINING
+    )
 
 
 events: st.SearchStrategy[Event] = st.one_of(
@@ -139,7 +146,7 @@ def test_in_any_order_of_events(sequence: list[Event]) -> None:
     stopped = False
     for seconds, event in enumerate(sequence, start=1):
         before = now
-        now = step(now, event, float(seconds))
+        now = step(now, event, float(seconds), wall=0.0)
         if not isinstance(event, ACCEPTED[before.status.state]):
             assert now is before
         stopped = stopped or isinstance(event, StopAsked)

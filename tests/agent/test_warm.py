@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from sllm.agent.changes import Changes
+from sllm.agent.children import Children
 from sllm.agent.warm import process as warm_process
 from sllm.agent.warm.process import WarmProcess
 from sllm.core.launch import Launch
 from sllm.errors import EngineFailed, InvalidConfiguration
+from sllm.linux import start_ticks
 
 _READY = """
 import json, os, socket, sys
@@ -36,6 +38,22 @@ while True:
 """
 )
 DIES_WHEN_ASKED = _READY + "control.recv(65536); print('out of luck', flush=True); sys.exit(3)"
+FORKS_LATE = (
+    _READY.replace("{", "{{").replace("}", "}}")
+    + """
+import time
+packet, fds, _, _ = socket.recv_fds(control, 65536, 3)
+pid = os.fork()
+if pid == 0:
+    time.sleep(60)
+with open({fifo!r}, "w") as file:
+    file.write(str(pid))
+open({fifo!r}).read()
+control.send(json.dumps({{"forked": json.loads(packet)["fork"], "pid": pid}}).encode())
+os.waitpid(pid, 0)
+control.recv(1)
+"""
+)
 CANNOT_RUN_ITS_ENGINE = """
 import json, socket, sys
 control = socket.socket(fileno=int(sys.argv[1]))
@@ -55,7 +73,11 @@ async def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         changes = Changes()
         made.append(
             WarmProcess(
-                lambda fd: (sys.executable, "-c", code, str(fd)), tmp_path / "warm.log", tmp_path, changes.notify
+                lambda fd: (sys.executable, "-c", code, str(fd)),
+                tmp_path / "warm.log",
+                tmp_path,
+                Children(),
+                changes.notify,
             )
         )
         return made[-1], changes
@@ -73,6 +95,7 @@ def launch(make_spec: Callable[..., Any]) -> Launch:
         tensors=(),
         execution_dir="",
         record_path="",
+        scratch_dir="",
         bind_host="",
         device_kind="cpu",
         device_ids=(),
@@ -135,8 +158,38 @@ async def test_one_that_dies_fails_what_was_asked_of_it_and_is_replaced(
             seen = await changes.wait_beyond(seen)
 
 
-async def test_closing_it_ends_it_even_while_it_is_not_ready(spawn: Callable[[str], Any]) -> None:
-    warm, _ = spawn("import time; time.sleep(60)")
-    await asyncio.sleep(0.05)
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    return path
+
+
+async def line_from(fifo: Path) -> str:
+    """Wait until a process writes a line into a pipe."""
+    async with asyncio.timeout(10):
+        with await asyncio.to_thread(fifo.open) as pipe:
+            return await asyncio.to_thread(pipe.readline)
+
+
+async def test_a_host_whose_start_is_called_off_while_it_is_forked_is_gone_when_the_call_ends(
+    spawn: Callable[[str], Any], launch: Launch, fifo: Path
+) -> None:
+    warm, _ = spawn(FORKS_LATE.format(fifo=str(fifo)))
+    call = asyncio.create_task(fork(warm, launch))
+    pid = int(await line_from(fifo))  # it is forked, and nobody has been told
+    call.cancel()
+    await asyncio.sleep(0)
+    assert not call.done()
+    assert start_ticks(pid) is not None
+    await asyncio.to_thread(fifo.write_text, "go on")
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert start_ticks(pid) is None
+
+
+async def test_closing_it_ends_it_even_while_it_is_not_ready(spawn: Callable[[str], Any], fifo: Path) -> None:
+    warm, _ = spawn(f"import time; open({str(fifo)!r}, 'w').write('here\\n'); time.sleep(60)")
+    assert await line_from(fifo) == "here\n"
     async with asyncio.timeout(3):
         await warm.close()

@@ -234,7 +234,9 @@ class FakeAgent:
 
     async def remove_checkpoint(self, request: RemoveCheckpointCommand) -> Empty:
         self._heard(request)
-        self.checkpoints.pop(request.name, None)
+        if request.name not in self.checkpoints:
+            raise NotFound(f"{request.name} is not on {self.name}")
+        del self.checkpoints[request.name]
         self.changed()
         return Empty()
 

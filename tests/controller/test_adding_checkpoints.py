@@ -208,5 +208,95 @@ async def test_many_operations_are_kept_and_not_for_ever(bench, monkeypatch):
     await asyncio.gather(*(bench.done(o) for o in operations[-3:]))
     with pytest.raises(NotFound):
         await bench.done(operations[0])
-    stored, _ = await bench.controller.world.store.range("requests/")
+    stored, _ = await bench.controller.world.store.range("operations/")
     assert len(stored) <= 4
+
+
+@pytest.fixture
+async def shared(bench):
+    """A bench with two nodes that see the same sources, and copy when told to."""
+    for name in "ab":
+        agent = await bench.add(name)
+        agent.sources = {"/models/new": "digest-new", "/models/other": "digest-other"}
+        agent.add_goes_on.clear()
+    return bench
+
+
+def go_on(bench):
+    for agent in bench.agents.values():
+        agent.add_goes_on.set()
+
+
+async def test_a_name_is_given_to_one_copy_at_a_time(shared):
+    first = await add(shared, nodes=("a",))
+    with pytest.raises(Conflict, match=first.id):
+        await add(shared, source="/models/other", nodes=("b",))
+    with pytest.raises(NotFound):
+        await remove(shared, "new")
+    other = await add(shared, "other", "/models/other", nodes=("b",))
+    go_on(shared)
+    assert [(await shared.done(o)).state for o in (first, other)] == ["done", "done"]
+    assert await where(shared, "new") == ["a"]
+
+
+async def test_what_is_being_added_is_not_removed(shared):
+    first = await add(shared, "m", "/models/m", nodes=("a",))
+    shared.agents["a"].sources["/models/m"] = "digest-m"
+    with pytest.raises(Conflict, match=first.id):
+        await remove(shared)
+    go_on(shared)
+
+
+async def test_an_identical_add_joins_the_one_that_runs(shared):
+    first = await add(shared)
+    await shared.until(lambda: any(agent.commands for agent in shared.agents.values()))
+    second = await add(shared)
+    assert second.id == first.id
+    go_on(shared)
+    assert (await shared.done(second)).state == "done"
+    assert sum(len(agent.commands) for agent in shared.agents.values()) == 1
+
+
+async def restarted(bench, store):
+    await bench.restart(store)
+    for agent in bench.agents.values():
+        await agent.join(bench.controller.address)
+
+
+async def test_who_joined_an_add_is_remembered_after_a_restart(store, tools):
+    async with tools.opened(store) as bench:
+        agent = await bench.add("a")
+        agent.sources = {"/models/new": "digest-new"}
+        agent.add_goes_on.clear()
+        first = await add(bench)
+        request = AddCheckpointRequest(request_id="joins", name="new", source="/models/new")
+        assert (await bench.control.add_checkpoint(request)).id == first.id
+        agent.add_goes_on.set()
+        await bench.done(first)
+        await restarted(bench, store)
+        again = await bench.control.add_checkpoint(request)
+        assert (again.id, again.state) == (first.id, "done")
+
+
+async def test_a_removal_that_was_done_before_a_restart_is_done(store, tools):
+    async with tools.opened(store) as bench:
+        agent = await bench.add("a")
+        agent.tell = False  # it removes, but its report does not come before the controller ends
+        operation = await remove(bench)
+        await bench.until(lambda: agent.commands)
+        await restarted(bench, store)
+        agent.tell = True
+        assert (await bench.done(operation)).state == "done"
+        assert len(agent.commands) == 2
+
+
+async def test_an_add_under_way_goes_on_after_a_restart(store, tools):
+    async with tools.opened(store) as bench:
+        agent = await bench.add("a")
+        agent.sources = {"/models/new": "digest-new"}
+        agent.add_goes_on.clear()
+        operation = await add(bench)
+        await bench.until(lambda: agent.commands)
+        agent.add_goes_on.set()
+        await restarted(bench, store)
+        assert (await bench.done(operation)).state == "done"

@@ -14,15 +14,15 @@ def grant(loads, ticket, name, gateway="g"):
 
 def test_counts_running_requests_of_all_gateways():
     loads = Loads()
-    loads.report("g", (row("1"), row("2", "rep-y")), 0.0)
-    loads.report("h", (row("3"), row("4", None, RequestState.HELD)), 0.0)
+    loads.report("g", "", (row("1"), row("2", "rep-y")), 0.0)
+    loads.report("h", "", (row("3"), row("4", None, RequestState.HELD)), 0.0)
     assert loads.per_replica() == {"rep-x": 2, "rep-y": 1}
 
 
 def test_a_report_replaces_the_one_before():
     loads = Loads()
-    loads.report("g", (row("1"),), 0.0)
-    loads.report("g", (), 1.0)
+    loads.report("g", "", (row("1"),), 0.0)
+    loads.report("g", "", (), 1.0)
     assert loads.per_replica()["rep-x"] == 0
 
 
@@ -30,17 +30,17 @@ def test_a_grant_counts_until_its_gateway_reports_the_request():
     loads = Loads()
     grant(loads, 1, "1")
     assert loads.per_replica() == {"rep-x": 1}
-    loads.report("g", (row("1"),), 1.0)
+    loads.report("g", "", (row("1"),), 1.0)
     assert loads.per_replica() == {"rep-x": 1}
 
 
 def test_a_report_that_was_under_way_does_not_take_a_grant_back():
     loads = Loads()
     grant(loads, 1, "1")
-    loads.report("h", (), 1.0)
-    loads.report("g", (), 1.0)
+    loads.report("h", "", (), 1.0)
+    loads.report("g", "", (), 1.0)
     assert loads.per_replica() == {"rep-x": 1}
-    loads.report("g", (), 2.0)
+    loads.report("g", "", (), 2.0)
     assert loads.per_replica()["rep-x"] == 0
 
 
@@ -54,17 +54,55 @@ def test_a_grant_that_nobody_took_does_not_count():
 def test_is_fresh_while_every_gateway_reports():
     loads = Loads()
     assert not loads.fresh(0.0)
-    loads.report("g", (), 0.0)
-    loads.report("h", (), 3.0)
+    loads.report("g", "", (), 0.0)
+    loads.report("h", "", (), 3.0)
     assert loads.fresh(OVERDUE_S - 0.1)
     assert not loads.fresh(OVERDUE_S)
 
 
 def test_a_gateway_that_is_gone_is_forgotten_with_its_requests():
     loads = Loads()
-    loads.report("g", (row("1"),), 0.0)
+    loads.report("g", "", (row("1"),), 0.0)
     grant(loads, 1, "2", gateway="never-reported")
-    loads.report("h", (), FORGOTTEN_S)
+    loads.report("h", "", (), FORGOTTEN_S)
     loads.forget_silent(FORGOTTEN_S)
     assert loads.per_replica() == {}
     assert loads.fresh(FORGOTTEN_S)
+
+
+def test_two_gateways_of_one_name_do_not_overwrite_each_other():
+    loads = Loads()
+    loads.report("g", "one", (row("1"),), 0.0)
+    loads.report("g", "two", (), 1.0)
+    assert loads.per_replica() == {"rep-x": 1}
+    assert not loads.fresh(OVERDUE_S)
+
+
+def test_reports_of_two_gateways_of_one_name_are_not_counted_together():
+    loads = Loads()
+    grant(loads, 1, "1")
+    loads.report("g", "one", (), 1.0)
+    loads.report("g", "two", (), 1.0)
+    assert loads.per_replica() == {"rep-x": 1}
+
+
+def test_a_gateway_that_has_left_is_forgotten_when_its_report_is_overdue():
+    loads = Loads()
+    loads.watched("g", begins=True)
+    loads.report("g", "one", (row("1"),), 0.0)
+    loads.watched("g", begins=False)
+    loads.watched("g", begins=True)  # started anew
+    loads.report("g", "two", (), OVERDUE_S)
+    loads.forget_silent(OVERDUE_S - 0.1)
+    assert loads.per_replica() == {"rep-x": 1}
+    loads.forget_silent(OVERDUE_S)
+    assert loads.per_replica() == {}
+    assert loads.fresh(OVERDUE_S)
+
+
+def test_a_silent_gateway_that_still_watches_is_not_forgotten_soon():
+    loads = Loads()
+    loads.watched("g", begins=True)
+    loads.report("g", "one", (row("1"),), 0.0)
+    loads.forget_silent(OVERDUE_S)
+    assert loads.per_replica() == {"rep-x": 1}

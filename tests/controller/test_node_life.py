@@ -6,14 +6,15 @@ import asyncio
 
 import pytest
 
+from sllm.controller.events import CopyEnded
 from sllm.controller.store.memory import MemoryStore
 from sllm.controller.store.sqlite import SqliteStore
 from sllm.core.deployment import DeploymentState
 from sllm.core.node import NodeState
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Intent
-from sllm.errors import Conflict, Unavailable
-from sllm.rpc.control import Empty, ReadLogsRequest
+from sllm.errors import Conflict, InvalidCheckpoint, SllmError, Unavailable
+from sllm.rpc.control import AddCheckpointRequest, Empty, ReadLogsRequest
 from sllm.rpc.nodes import NodeClient
 
 
@@ -315,6 +316,52 @@ async def test_a_controller_that_cannot_store_what_it_decides_ends(tools):
                 await old.gateway.acquire()
             assert isinstance(old.controller.writing.exception(), Conflict)
             assert agent.starts() == []
+
+
+class FullDisk(MemoryStore):
+    """Stores until it is full."""
+
+    full = False
+
+    async def txn(self, when, then):
+        if self.full:
+            raise SllmError("the state store failed: database or disk is full")
+        return await super().txn(when, then)
+
+
+async def test_what_was_acknowledged_is_stored_or_the_controller_ends(tools):
+    store = FullDisk()
+    async with tools.opened(store) as bench:
+        await bench.add("a")
+        store.full = True
+        asked = [bench.deploy("one"), bench.deploy("two"), bench.gateway.acquire("one")]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert "disk is full" in str(answers[0])
+        assert all(isinstance(answer, SllmError) for answer in answers)
+        assert "disk is full" in str(bench.controller.writing.exception())
+        store.full = False
+        await bench.restart(store)
+        assert await bench.row("one") is None
+
+
+async def test_an_outcome_that_nobody_waits_for_is_stored_or_the_controller_ends(tools):
+    store = FullDisk()
+    async with tools.opened(store) as bench:
+        agent = await bench.add("a")
+        agent.sources = {"/models/new": "digest-new"}
+        request = AddCheckpointRequest(request_id="r", name="new", source="/models/new", nodes=("a",))
+        agent.add_goes_on.clear()
+        operation = await bench.control.add_checkpoint(request)
+        await bench.until(lambda: agent.commands)
+        store.full = True
+        bench.controller.inbox.post(CopyEnded(operation=operation.id, error=InvalidCheckpoint("truncated")))
+        await asyncio.wait([bench.controller.writing], timeout=5)
+        assert "disk is full" in str(bench.controller.writing.exception())
+        store.full = False
+        agent.add_goes_on.set()
+        await bench.restart(store)
+        await rejoin(bench, "a")
+        assert (await bench.done(operation)).state == "done"
 
 
 async def test_held_requests_are_told_that_the_controller_stops(store, tools):

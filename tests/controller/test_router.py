@@ -9,11 +9,11 @@ from sllm.core.route import RouteTarget
 from sllm.errors import QueueFull
 
 
-def waiter(ticket, deployment="app", since=0.0, deadline=100.0):
+def waiter(ticket, deployment="app", since=0.0, deadline=100.0, gateway="g"):
     return Waiter(
         ticket=ticket,
         request=f"req-{ticket}",
-        gateway="g",
+        gateway=gateway,
         deployment=deployment,
         since=since,
         deadline=deadline,
@@ -26,8 +26,12 @@ def target(name, capacity=2, revision=1):
     )
 
 
+def made(limit=10, per_gateway=100):
+    return Router(per_deployment=limit, per_gateway=per_gateway)
+
+
 def queue(*tickets, limit=10):
-    router = Router(limit)
+    router = made(limit)
     for ticket in tickets:
         router.add(waiter(ticket, since=float(ticket)))
     return router
@@ -71,8 +75,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_back():
     router.add(waiter(5))
 
 
+def test_one_gateway_does_not_fill_the_queues_of_all():
+    router = made(per_gateway=2)
+    router.add(waiter(1))
+    router.add(waiter(2, deployment="bee"))
+    with pytest.raises(QueueFull, match="gateway 'g'") as caught:
+        router.add(waiter(3, deployment="cee"))
+    assert caught.value.retry_after_s
+    assert set(router.held()) == {"app", "bee"}
+    router.add(waiter(4, gateway="h"))
+    assert granted(router, [target("x")]) == [(1, "rep-x"), (4, "rep-x")]
+    router.add(waiter(5))
+
+
 def test_the_time_of_a_request_runs_out():
-    router = Router(10)
+    router = made()
     router.add(waiter(1, deadline=5.0))
     router.add(waiter(2, deadline=9.0))
     assert router.next_deadline() == 5.0
@@ -91,7 +108,7 @@ def test_a_queue_is_emptied_in_order():
     limit=st.integers(1, 5),
 )
 def test_order_bound_and_capacity_hold_whatever_happens(actions, limit):
-    router, expected, number = Router(limit), [], 0
+    router, expected, number = made(limit), [], 0
     for action in actions:
         if action == "add":
             number += 1

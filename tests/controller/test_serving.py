@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
@@ -10,7 +11,7 @@ from sllm.core.deployment import DeploymentState
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.errors import DeadlineExceeded, NotFound, QueueFull
 from sllm.rpc.control import Empty
-from sllm.rpc.routes import WatchRoutesRequest
+from sllm.rpc.routes import ReportLoadRequest, WatchRoutesRequest
 
 
 async def test_a_cold_request_starts_a_replica_and_is_granted_it(bench):
@@ -205,10 +206,51 @@ async def test_waiting_for_a_device_is_said(bench):
     await bench.deploy("two", min_replicas=1)
     await bench.quiet()
     row = await bench.row("two")
-    assert (row.state, row.reason) == (DeploymentState.WAITING, "waiting for a free device")
+    why = "waiting for a free device (a: 0 of 1 devices are free; c: 0 of 1 devices are free)"
+    assert (row.state, row.reason) == (DeploymentState.WAITING, why)
     seen = []
     request = asyncio.create_task(bench.gateway.acquire("two", seen=seen))
     await bench.until(lambda: seen)
     assert seen[0].phase == "waiting for a free device"
     await bench.done(await bench.delete("one"))
     assert (await request).replica in agent.replicas
+
+
+async def report(bench, incarnation, *rows):
+    await bench.routes.report_load(ReportLoadRequest(gateway="g", incarnation=incarnation, requests=rows))
+
+
+async def test_gateways_of_one_name_each_have_their_requests(bench):
+    await bench.add("a")
+    await bench.done(await bench.deploy(min_replicas=1))
+    row = await bench.gateway.acquire()
+    await bench.gateway.finish(row)
+    await report(bench, "one", row)
+    await report(bench, "two")
+    assert (await bench.row()).running_requests == 1
+
+
+async def test_a_gateway_that_left_holds_nothing_up_for_long(bench):
+    await bench.add("a")
+    await bench.done(await bench.deploy(keep_alive_s=10))
+    row = await bench.gateway.acquire()
+    request = WatchRoutesRequest(gateway="g")
+    async with aclosing(bench.routes.watch_routes(request)) as watch:
+        await anext(watch)
+        await report(bench, "one", row)
+        bench.gateway.rows.clear()
+        await bench.advance(4)
+        assert (await bench.row()).running_requests == 1
+    await bench.advance(2)
+    assert (await bench.row()).running_requests == 0
+    await bench.advance(11)
+    assert bench.replicas() == []
+
+
+async def test_the_time_at_which_a_replica_became_ready_stays(bench):
+    await bench.add("a")
+    await bench.done(await bench.deploy(min_replicas=1))
+    bench.agents["a"].changed()
+    await bench.advance(3)
+    (replica,) = bench.replicas()
+    assert replica.ready_at == 1000.0

@@ -168,3 +168,32 @@ async def test_commands_carry_the_epoch_and_generations_grow(bench):
     assert [c.epoch for c in agent.starts()] == [1, 1]
     assert sorted(c.spec.generation for c in agent.starts()) == [1, 2]
     assert len({c.spec.devices for c in agent.starts()}) == 2
+
+
+@pytest.mark.parametrize("reason", ["CAPACITY_EXCEEDED", "INVALID_CHECKPOINT"])
+async def test_trouble_of_one_node_is_taken_to_another(bench, reason):
+    one, other = await bench.add("a"), await bench.add("b")
+    one.breaks = ("not here, not now", reason)
+    operation = await bench.deploy(min_replicas=1)
+    await starts_seen(bench, one, 1)
+    await bench.until(lambda: not one.replicas)
+    await bench.advance(1)
+    assert (await bench.done(operation)).state == "done"
+    assert len(other.starts()) == 1
+
+
+async def test_an_engine_that_dies_as_soon_as_it_is_ready_is_not_restarted_without_end(bench):
+    agent = await bench.add("a")
+    await bench.deploy(min_replicas=1)
+    for count, wait in ((1, 1), (2, 2), (3, 0)):
+        await bench.until(lambda count=count: len(agent.starts()) == count and bench.ready() == 1)
+        (replica,) = agent.replicas
+        agent.progress(replica, state=ReplicaState.FAILED, error="signal 11", error_reason="ENGINE_FAILED")
+        await bench.until(lambda: not agent.replicas)
+        await bench.advance(wait)
+    await bench.advance(3)
+    assert len(agent.starts()) == 3
+    row = await bench.row()
+    assert (row.state, "signal 11" in row.reason) == (DeploymentState.FAILED, True)
+    with pytest.raises(EngineFailed, match="signal 11"):
+        await bench.gateway.acquire()

@@ -219,3 +219,45 @@ async def test_the_folder_is_private(tmp_path):
     store = await SqliteStore.open(tmp_path / "store")
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
     await store.close()
+
+
+@pytest.mark.parametrize("damage", ["no database", "a hole", "a table without its rows"])
+async def test_a_damaged_file_is_named(tmp_path, damage):
+    store = await SqliteStore.open(tmp_path)
+    for i in range(50):
+        await put(store, **{f"key{i}": "x" * 1000})
+    await store.close()
+    file = tmp_path / "state.db"
+    if damage == "no database":
+        file.write_bytes(b"this is no database" * 1000)
+    elif damage == "a hole":
+        content = bytearray(file.read_bytes())
+        content[8192:] = b"\xff" * (len(content) - 8192)
+        file.write_bytes(content)
+    else:
+        connection = sqlite3.connect(file)
+        connection.execute("DELETE FROM meta")
+        connection.commit()
+        connection.close()
+    for _ in range(2):  # the lock is given back
+        with pytest.raises(InvalidConfiguration, match=r"state\.db") as caught:
+            await SqliteStore.open(tmp_path)
+        assert "backup" in caught.value.hint
+
+
+async def test_few_revisions_are_kept_while_nobody_watches():
+    history = History(0, kept=50, kept_unwatched=2)
+
+    def write(first, last):
+        for revision in range(first, last + 1):
+            history.append((WatchEvent(key="k", value=b"", revision=revision),))
+
+    write(1, 5)
+    with pytest.raises(Conflict, match="oldest is 4"):
+        await anext(history.watch("", 3))
+    async with aclosing(history.watch("", 4)) as watch:
+        assert (await anext(watch))[0].revision == 4
+        write(6, 20)
+        assert [(await anext(watch))[0].revision for _ in range(16)] == list(range(5, 21))
+    with pytest.raises(Conflict, match="oldest is 19"):
+        await anext(history.watch("", 18))

@@ -42,7 +42,7 @@ def report(*replicas, name="a", incarnation="i1", revision=1):
 
 
 def planned(**fields):
-    return ReplicaView(spec=spec(), node="a", planned_at=0.0, **fields)
+    return ReplicaView(spec=spec(), node="a", **fields)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def test_a_launch_survives_its_json() -> None:
         tensors=(TensorEntry(name="w", offset=64, size_bytes=8, dtype="float32", shape=(2,)),),
         execution_dir="/x",
         record_path="/y",
+        scratch_dir="/z",
         bind_host="127.0.0.1",
         device_kind="cpu",
         device_ids=(DeviceId("cpu-0"),),

@@ -59,6 +59,12 @@ def test_a_cold_stream_a_warm_stream_and_a_plain_answer_are_equal(cluster: Clust
     assert plain.usage.total_tokens == plain.usage.prompt_tokens + plain.usage.completion_tokens
 
 
+def test_no_interpreter_is_started_to_look_at_a_model(cluster: Cluster) -> None:
+    """vLLM would start one, for ten seconds and more, and keep what it found in its cache."""
+    streamed(cluster.client())
+    assert list(cluster.state.rglob("modelinfos")) == []
+
+
 def test_scaled_to_zero_it_starts_again_from_dram_and_answers_the_same(cluster: Cluster) -> None:
     client = cluster.client()
     before = streamed(client)

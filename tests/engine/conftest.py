@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from sllm.agent.records import Records
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId, RequestId
 from sllm.core.launch import Launch, LaunchRecord, TensorEntry
 from sllm.core.replica import ReplicaSpec, ReplicaState
@@ -54,6 +55,7 @@ def _launch(tmp_path: Path, **changes: Any) -> Launch:
         "tensors": (),
         "execution_dir": str(tmp_path / "no-checkpoint"),
         "record_path": str(tmp_path / f"{spec.id}.json"),
+        "scratch_dir": str(tmp_path / "scratch"),
         "bind_host": "127.0.0.1",
         "device_kind": "cpu",
         "device_ids": (DeviceId("cpu-0"),),
@@ -248,11 +250,14 @@ class WarmProcess:
         """Fork a host and return its record once it listens."""
         answer = self.ask(launch, weights)
         assert answer.get("forked") == launch.nonce, answer
-        path = Path(launch.record_path)
-        while not path.exists():
-            await asyncio.sleep(0.005)
-            assert Path(f"/proc/{answer['pid']}").exists(), self.log.read_text()
-        return LaunchRecord.from_json(path.read_text())
+        records = Records(Path(launch.record_path).parent)
+        try:
+            async with asyncio.timeout(60):
+                return await records.wait_for(launch.spec.id, launch.nonce)
+        except TimeoutError:
+            raise AssertionError(self.log.read_text()) from None
+        finally:
+            records.close()
 
     async def exited(self, pid: int) -> int:
         """Wait for a host to end and return its exit status (negative: the signal)."""

@@ -295,3 +295,16 @@ async def test_an_engine_that_breaks_ends_every_request_with_its_own_words(
     assert "break at position 3" in status.error
     stream.send(request_of(3, [5]))
     assert isinstance((await collect(stream, 3))[3][-1].finish.error, EngineFailed)
+
+
+async def test_a_request_whose_answer_would_be_too_large_is_refused_alone(
+    serve: Serve, request_of: Make, collect: Make
+) -> None:
+    served = await serve()
+    await served.until(ReplicaState.READY)
+    stream = served.open()
+    stream.send(request_of(1, [1] * 131_072, prompt_logprobs=20))
+    stream.send(request_of(2, [1, 2, 3], max_tokens=2))
+    outputs = await collect(stream, 1, 2)
+    assert isinstance(outputs[1][-1].finish.error, InvalidArgument)
+    assert outputs[2][-1].finish.reason is FinishReason.LENGTH

@@ -98,3 +98,12 @@ async def test_an_error_at_closing_comes_after_what_was_sent() -> None:
     assert await anext(steps) == StepOutputs()
     with pytest.raises(SllmError, match="late"):
         await anext(steps)
+
+
+async def test_large_outputs_of_one_step_do_not_share_a_message() -> None:
+    requests = Requests()
+    one = requests.connect("one")
+    keys = [requests.open(one, ask(stream_id)) for stream_id in (1, 2, 3)]
+    large = [Output(key=key, token_ids=[7], prompt_logprobs=b"large") for key in keys[:2]]
+    requests.deliver([*large, Output(key=keys[2], token_ids=[7])], 1.5)
+    assert [[output.stream_id for output in step.outputs] for step in await drained(one)] == [[1], [2], [3]]

@@ -19,8 +19,8 @@ import pytest
 from sllm.core.launch import Launch
 from sllm.core.replica import ReplicaState
 from sllm.core.tokens import AbortRequests, FinishReason, OpenStream, TokenOutput, TokenRequest
-from sllm.engine.process import start_ticks
 from sllm.errors import InvalidArgument
+from sllm.linux import start_ticks
 from sllm.rpc.engine import EngineClient, HostStatus, StopRequest, TokenStream
 
 pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
@@ -249,7 +249,8 @@ async def test_a_build_that_cannot_work_is_told_with_its_reason(
     assert (host.status.state, host.status.error_reason) == (ReplicaState.FAILED, reason), host.status.error
     assert words in host.status.error
     assert "\n" not in host.status.error
-    assert [path.name for path in tmp_path.iterdir()] == [f"{host.launch.spec.id}.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{host.launch.spec.id}.json", "scratch"}
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 async def test_a_missing_tensor_is_found(fork: Make, tiny_llama: Path, read_safetensors: Make) -> None:
@@ -272,7 +273,8 @@ async def test_hosts_are_independent_of_each_other_and_leave_nothing_behind(
     await two.client.stop(StopRequest())
     assert await warm_vllm.exited(two.pid) == 0
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"rep-00000000000001.json", "rep-00000000000002.json"}
+    assert left == {"rep-00000000000001.json", "rep-00000000000002.json", "scratch"}
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 async def test_it_listens_on_loopback_only(fork: Make) -> None:

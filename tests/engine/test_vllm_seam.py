@@ -144,3 +144,10 @@ def test_finish_reasons_have_the_same_names(vllm: SimpleNamespace) -> None:
 def test_prefill_statistics_have_what_is_read(vllm: SimpleNamespace) -> None:
     stats = importlib.import_module("vllm.v1.metrics.stats").PrefillStats
     assert {"num_prompt_tokens", "num_cached_tokens"} <= {field.name for field in dataclasses.fields(stats)}
+
+
+def test_what_users_sent_is_not_logged_when_a_step_fails(vllm: SimpleNamespace) -> None:
+    from vllm.logging_utils import dump_input
+
+    vllm.setup.keep_requests_out_of_logs()
+    assert dump_input.logger.disabled

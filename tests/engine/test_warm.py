@@ -17,8 +17,8 @@ import pytest
 from sllm.core.launch import Launch
 from sllm.core.replica import ReplicaState
 from sllm.core.tokens import OpenStream
-from sllm.engine.process import start_ticks
 from sllm.errors import StaleGeneration
+from sllm.linux import start_ticks
 from sllm.rpc.engine import EngineClient, StopRequest
 
 pytestmark = pytest.mark.e2e

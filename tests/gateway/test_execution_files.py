@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sllm.core.checkpoint import ExecutionFile
-from sllm.errors import InvalidCheckpoint, NotFound, SllmError, Unavailable
+from sllm.errors import InvalidCheckpoint, InvalidConfiguration, NotFound, SllmError, Unavailable
 from sllm.gateway.execution_files import ExecutionFiles, safe_parts
 from sllm.rpc.agents import GetExecutionFilesRequest
 
@@ -78,6 +78,31 @@ async def test_what_a_crash_left_is_removed_at_start(tmp_path: Path) -> None:
     (tmp_path / ".tmp-1" / "x").mkdir(parents=True)
     cache(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_only_the_checkpoints_that_are_still_named_are_kept(tmp_path: Path) -> None:
+    agent = Agent(file("config.json"))
+    files = cache(tmp_path, a=agent)
+    kept, gone = await files.folder_of("sha256:1", ["a"]), await files.folder_of("sha256:2", ["a"])
+    files.prune({"sha256:1"})
+    assert (kept.exists(), gone.exists()) == (True, False)
+    assert await files.folder_of("sha256:2", ["a"]) == gone
+    assert agent.asked == 3
+    files.prune({"sha256:2"})
+    assert (kept.exists(), gone.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("place", ["a-file", "a-file/below"])
+def test_a_state_folder_that_cannot_be_used_is_a_wrong_setting(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a-file").touch()
+    with pytest.raises(InvalidConfiguration, match="state_dir") as refused:
+        cache(tmp_path / place)
+    assert "may write to" in refused.value.hint
+
+
+def test_a_state_folder_that_is_not_ours_is_a_wrong_setting() -> None:
+    with pytest.raises(InvalidConfiguration, match="state_dir"):
+        cache(Path("/proc/sllm"))
 
 
 HOSTILE = ["/etc/passwd", "../x", "a/../../x", "..", ".", "", "a//b", "a/", "a\\..\\x", "a\x00b", "a\nb", "x" * 600]

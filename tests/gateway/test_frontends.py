@@ -1,6 +1,7 @@
 """Front ends come and go with the route table."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def routes() -> Routes:
 
 @pytest.fixture
 def front_ends(routes: Routes, builder: Builder) -> FrontEnds:
-    return FrontEnds(routes, builder)
+    return FrontEnds(routes, builder, limit=3)
 
 
 def give(routes: Routes, *table: Any) -> None:
@@ -158,6 +159,64 @@ async def test_one_that_is_not_healthy_is_made_anew(
         assert await lease.front_end() is builder.made[1]
     await settle()
     assert builder.made[0].closed
+
+
+async def use(front_ends: FrontEnds, name: Any) -> Any:
+    with front_ends.use(name) as lease:
+        return await lease.front_end()
+
+
+def still_open(builder: Builder) -> list[str]:
+    return [f.recipe.deployment for f in builder.made if not f.closed]
+
+
+async def test_of_more_than_the_limit_the_longest_unused_is_closed_and_made_again_on_use(
+    front_ends: FrontEnds, routes: Routes, builder: Builder, a_route: Any
+) -> None:
+    table = [a_route(name) for name in "abcd"]
+    give(routes, *table)
+    await settle()
+    assert still_open(builder) == ["a", "b", "c"]
+    for name, left in (("a", "abc"), ("b", "abc"), ("d", "abd"), ("c", "bdc"), ("c", "bdc"), ("a", "dca")):
+        await use(front_ends, name)
+        await settle()
+        assert still_open(builder) == list(left)
+    give(routes, *table)
+    await settle()
+    assert still_open(builder) == ["d", "c", "a"], "a route alone is no use"
+
+
+async def test_what_is_in_use_is_not_closed(
+    front_ends: FrontEnds, routes: Routes, builder: Builder, a_route: Any
+) -> None:
+    give(routes, *[a_route(name) for name in "abcd"])
+    with front_ends.use("a"), front_ends.use("b"), front_ends.use("c"):  # type: ignore[arg-type]
+        await use(front_ends, "d")
+        assert still_open(builder) == ["a", "b", "c", "d"]
+    await settle()
+    assert len(still_open(builder)) == 3
+
+
+async def test_names_the_checkpoints_that_it_may_need(
+    front_ends: FrontEnds, routes: Routes, builder: Builder, a_route: Any
+) -> None:
+    give(routes, a_route("a", digest="old"))
+    with front_ends.use("a") as lease:  # type: ignore[arg-type]
+        await lease.front_end()
+        give(routes, a_route("a", revision=2, digest="new"))
+        assert front_ends.digests() == {"old", "new"}
+    give(routes, a_route("a", revision=2, digest="new"))
+    assert front_ends.digests() == {"new"}
+
+
+async def test_the_files_of_a_deleted_deployment_go(cluster: Any, a_route: Any, tmp_path: Path) -> None:
+    execution = tmp_path / "gateway" / "execution"
+    for name in ("sha256-1", "sha256-2"):
+        (execution / name).mkdir()
+    await cluster.publish(a_route("m"), a_route("n", digest="sha256-2"))
+    assert {p.name for p in execution.iterdir()} == {"sha256-1", "sha256-2"}
+    await cluster.publish(a_route("m"))
+    assert {p.name for p in execution.iterdir() if p.name.startswith("sha256")} == {"sha256-1"}
 
 
 async def test_while_old_replicas_serve_requests_are_tokenised_for_them(cluster: Any, a_route: Any) -> None:

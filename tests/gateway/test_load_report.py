@@ -26,8 +26,8 @@ async def test_what_a_lost_report_counted_is_in_the_next_one() -> None:
     requests, controller = OpenRequests(), Controller(lost=2)
     requests.give_back_finished({"m": 3})
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-        reporting = tasks.create_task(report_load(controller, requests, gateway="g", every_s=0.001))
+        reporting = tasks.create_task(report_load(controller, requests, gateway="g", incarnation="i", every_s=0.001))
         first, second = await controller.reports.get(), await controller.reports.get()
         reporting.cancel()
-    assert (first.gateway, first.finished) == ("g", {"m": 3})
+    assert (first.gateway, first.incarnation, first.finished) == ("g", "i", {"m": 3})
     assert second.finished == {}

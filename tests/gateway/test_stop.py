@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sllm.errors import Unavailable
+from sllm.errors import Conflict
 from sllm.gateway import main
 from sllm.gateway.server import address_of, listen
 
@@ -47,15 +47,16 @@ async def test_what_runs_too_long_ends_with_an_error(
 async def test_the_last_report_is_empty(cluster: Any, a_route: Any) -> None:
     cluster.stop.set()
     await cluster.serving
-    report = None
+    reports = []
     while not cluster.controller.reports.empty():
-        report = cluster.controller.reports.get_nowait()
-    assert report is not None
-    assert report.requests == ()
+        reports.append(cluster.controller.reports.get_nowait())
+    assert reports[-1].requests == ()
+    (incarnation,) = {report.incarnation for report in reports}
+    assert len(incarnation) == 16
 
 
 async def test_a_taken_port_is_said_at_once() -> None:
     taken = listen("127.0.0.1:0")
-    with taken, pytest.raises(Unavailable, match="cannot listen on") as refused:
+    with taken, pytest.raises(Conflict, match="cannot listen on") as refused:
         listen(address_of(taken))
     assert "another port" in refused.value.hint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,15 +132,67 @@ def test_a_damaged_checkpoint_is_left_out_and_the_others_stay(store: SsdStore, m
             (folder / "model.safetensors").write_bytes(b"")
         case "name":
             folder.rename(folder.with_name("other"))
-    assert SsdStore(store.root).manifests() == (kept,)
+    found = SsdStore(store.root)
+    assert found.manifests() == (kept,)
+    add(found, model)  # puts a whole one in its place
+    assert [m.checkpoint.name for m in SsdStore(store.root).manifests()][:2] == [NAME, "kept"]
+    assert found.damaged() == ()
+
+
+def header_changed(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes().replace(b"model.scale", b"model.elacs"))
+
+
+def cut(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [header_changed, cut, Path.unlink])
+def test_a_stored_file_is_checked_without_reading_its_tensors(
+    store: SsdStore, model: Path, damage: Callable[[Path], None]
+) -> None:
+    manifest = add(store, model)
+    store.check(manifest)
+    damage(store.folder(manifest) / "model.safetensors")
+    with pytest.raises(InvalidCheckpoint):
+        store.check(manifest)
+
+
+def test_a_copy_in_quarantine_is_not_given_out_and_is_replaced_by_the_same_content(
+    store: SsdStore, model: Path
+) -> None:
+    manifest = add(store, model)
+    shard = store.folder(manifest) / "model.safetensors"
+    shard.write_bytes(b"damaged")
+    store.quarantine(manifest)
+    assert (store.manifests(), store.damaged()) == ((), (manifest,))
+    with pytest.raises(InvalidCheckpoint, match="damaged"):
+        store.with_digest(manifest.checkpoint.digest)
+    (model / "tokenizer.json").write_text("other")
+    with pytest.raises(Conflict, match="other content"):
+        add(store, model)
+    (model / "tokenizer.json").write_text("{}")
+    again = add(store, model)
+    assert again == store.with_digest(manifest.checkpoint.digest)
+    assert shard.read_bytes() == (model / "model.safetensors").read_bytes()
+    assert [path.name for path in store.root.iterdir()] == [NAME]
+
+
+def test_a_twin_of_a_damaged_copy_is_used_in_its_place(store: SsdStore, model: Path) -> None:
+    manifest, twin = add(store, model), add(store, model, CheckpointName("twin"))
+    store.quarantine(manifest)
+    assert store.with_digest(manifest.checkpoint.digest) == twin
 
 
 def test_removes_a_checkpoint(store: SsdStore, model: Path) -> None:
     add(store, model)
-    store.remove(NAME)
+    manifest = store.withdraw(NAME)
+    assert store.manifests() == ()
+    assert store.folder(manifest).exists()
+    store.discard(manifest)
     assert list(store.root.iterdir()) == []
     with pytest.raises(NotFound):
-        store.remove(NAME)
+        store.withdraw(NAME)
     with pytest.raises(NotFound):
         store.named(NAME)
 

@@ -104,9 +104,7 @@ def replica(
         max_model_len=64,
     )
     status = ReplicaStatus(spec=spec, state=state, address=f"{on}:2") if state else None
-    return ReplicaView(
-        spec=spec, node=on, planned_at=0.0, intent=intent, command=command, retry_at=retry_at, status=status
-    )
+    return ReplicaView(spec=spec, node=on, intent=intent, command=command, retry_at=retry_at, status=status)
 
 
 def snapshot(

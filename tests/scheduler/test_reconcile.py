@@ -48,7 +48,7 @@ def test_the_minimum_is_started_unasked(make):
 def test_says_what_it_waits_for(make):
     plan = reconcile(make.snapshot(deployments=[make.deployment(needed=1)]), 0.0)
     assert plan.actions == ()
-    assert "'m'" in plan.reasons["app"]
+    assert "'m'" in plan.reasons["app"].text
 
 
 def test_the_longest_waiting_deployment_gets_the_last_device(make):
@@ -57,7 +57,7 @@ def test_the_longest_waiting_deployment_gets_the_last_device(make):
     held = {"app": Held(count=1, since=9.0), "bee": Held(count=1, since=3.0)}
     plan = reconcile(replace(snapshot, held=held), 10.0)
     assert [a.deployment for a in plan.actions] == ["bee"]
-    assert plan.reasons == {"app": "waiting for a free device"}
+    assert plan.reasons["app"].text == "waiting for a free device"
 
 
 def test_nothing_is_started_until_nodes_known_before_a_restart_have_reported(make):
@@ -126,7 +126,7 @@ def test_the_old_one_goes_on_serving_where_its_device_would_not_help(make):
     snapshot = make.snapshot(nodes=[leased(make)], deployments=[view], replicas=[make.replica("old")])
     plan = reconcile(snapshot, 1.0)
     assert plan.actions == ()
-    assert "waiting" in plan.reasons["app"]
+    assert "waiting" in plan.reasons["app"].text
 
 
 def test_as_many_old_ones_go_as_the_new_one_needs_devices(make):
@@ -179,7 +179,7 @@ def test_the_next_start_waits_for_its_time(make):
     snapshot = make.snapshot(nodes=[make.node("a")], deployments=[view])
     waiting = reconcile(snapshot, 4.0)
     assert (waiting.actions, waiting.wake_at) == ((), 5.0)
-    assert "bad luck" in waiting.reasons["app"]
+    assert "bad luck" in waiting.reasons["app"].text
     assert brief(reconcile(snapshot, 5.0)) == [("start", "a")]
 
 
@@ -229,7 +229,7 @@ def test_what_is_kept_alive_but_idle_makes_room_for_a_request_that_waits_the_lon
 def test_a_busy_replica_makes_no_room(make):
     plan = reconcile(rivals(make, loads={"rep-old": 1, "rep-new": 1}), 10.0)
     assert plan.actions == ()
-    assert plan.reasons == {"app": "waiting for a free device"}
+    assert plan.reasons["app"].text == "waiting for a free device"
     assert brief(reconcile(rivals(make, loads={"rep-old": 1}), 10.0)) == [("drain", "rep-new")]
 
 

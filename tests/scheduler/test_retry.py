@@ -4,13 +4,23 @@ import pytest
 
 from sllm.core.snapshot import Policy
 from sllm.errors import EngineFailed
-from sllm.scheduler.retry import COOL_DOWN_S, PERMANENT, failed, hindered, refusal, succeeded
+from sllm.scheduler.retry import COOL_DOWN_S, OF_ONE_NODE, PERMANENT, failed, forgiven, hindered, refusal, succeeded
 
 POLICY = Policy(start_backoff_s=1.0, max_start_failures=3)
 
 
-def fail(view, now, reason="ENGINE_FAILED", revision=1):
-    return failed(view, "a", revision, error="out of cheese", reason=reason, now=now, policy=POLICY)
+def fail(view, now, reason="ENGINE_FAILED", revision=1, node="a", holders=("a",), ready_at=None):
+    return failed(
+        view,
+        node,
+        revision,
+        error="out of cheese",
+        reason=reason,
+        now=now,
+        policy=POLICY,
+        holders=frozenset(holders),
+        ready_at=ready_at,
+    )
 
 
 def test_waits_twice_as_long_after_each_failure_and_gives_up_at_the_limit(make):
@@ -49,17 +59,53 @@ def test_requests_are_held_while_it_is_tried_again(make):
 
 
 def test_a_success_wipes_the_slate(make):
-    assert succeeded(fail(make.deployment(), 0.0), 1).failures is None
+    assert succeeded(fail(make.deployment(), 0.0), 1, 0.0).failures is None
 
 
 def test_what_happens_to_an_earlier_revision_does_not_count(make):
     view = make.deployment(number=2)
     assert fail(view, 0.0, revision=1) is view
     assert hindered(view, "a", 1, error="", reason="", now=0.0, policy=POLICY) is view
-    assert succeeded(fail(view, 0.0, revision=2), 1).failures is not None
+    assert succeeded(fail(view, 0.0, revision=2), 1, 0.0).failures is not None
 
 
 def test_an_unreachable_node_delays_but_does_not_count(make):
     view = hindered(make.deployment(), "a", 1, error="gone", reason="UNAVAILABLE", now=5.0, policy=POLICY)
     assert (view.failures.count, view.failures.retry_at, view.failures.nodes) == (0, 7.0, {"a"})
     assert refusal(view, 5.0) is None
+
+
+@pytest.mark.parametrize("reason", sorted(OF_ONE_NODE))
+def test_trouble_of_one_node_gives_up_only_when_all_that_hold_the_checkpoint_had_it(make, reason):
+    view = fail(make.deployment(), 0.0, reason, node="a", holders="ab")
+    assert (view.failures.given_up, view.failures.retry_at) == (False, 1.0)
+    view = fail(view, 1.0, reason, node="b", holders="ab")
+    assert (view.failures.given_up, view.failures.retry_at) == (True, 1.0 + COOL_DOWN_S)
+
+
+def test_what_dies_soon_after_it_became_ready_again_and_again_is_given_up(make):
+    view, waits, now = make.deployment(), [], 100.0
+    for _ in range(3):
+        view = succeeded(view, 1, now)
+        assert view.failures is None
+        view = fail(view, now + 1.0, ready_at=now)
+        waits.append((view.failures.retry_at - now - 1.0, view.failures.given_up))
+        now = view.failures.retry_at
+    assert waits == [(1.0, False), (2.0, False), (4.0, True)]
+
+
+def test_what_lasted_starts_a_new_count_when_it_dies(make):
+    view = succeeded(fail(fail(make.deployment(), 0.0), 1.0), 1, 10.0)
+    lasting = fail(view, 10.0 + POLICY.stable_after_s, ready_at=10.0)
+    assert lasting.failures.count == 1
+    assert fail(view, 9.0 + POLICY.stable_after_s, ready_at=10.0).failures.count == 3
+
+
+def test_a_replica_that_lasted_does_not_answer_for_one_that_did_not(make):
+    view = succeeded(fail(fail(make.deployment(), 90.0), 91.0), 1, 95.0)
+    assert fail(view, 100.0, ready_at=10.0).failures.count == 1
+
+
+def test_what_is_forgiven_counts_no_more(make):
+    view = forgiven(succeeded(fail(fail(make.deployment(), 0.0), 1.0), 1, 2.0))
+    assert fail(view, 3.0, ready_at=2.0).failures.count == 1

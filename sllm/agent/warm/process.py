@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sllm.agent import tether
+from sllm.agent.children import Children
 from sllm.agent.logs import tail_lines
 from sllm.agent.warm.base import HostProcess
 from sllm.agent.warm.channel import Channel
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.5, 30.0)  # first and longest wait before it is spawned again
 _CLOSE_S = 5.0
+_UNWANTED_S = 10.0  # for a fork that was called off to be answered, and its host to die
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -44,11 +46,13 @@ class WarmProcess:
         make_command: Callable[[int], Sequence[str]],
         log_path: Path,
         scratch: Path,
+        children: Children,
         on_change: Callable[[], None],
     ) -> None:
         self._make_command = make_command
         self._log_path = log_path
         self._scratch = scratch
+        self._children = children
         self._on_change = on_change
         self._channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self._about: WarmReady | None = None
@@ -64,13 +68,14 @@ class WarmProcess:
 
     async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
         channel = await asyncio.shield(self._channel)
-        answer = channel.fork(launch, weights_fd, log_fd)
-        try:
-            pid = await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            answer.add_done_callback(_end_unwanted)
-            raise
-        host = ForkedHost.open(pid)
+        with self._children.coming():
+            answer = channel.fork(launch, weights_fd, log_fd)
+            try:
+                pid = await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                await self._end_unwanted(answer)
+                raise
+            host = self._open(pid)
         if host is None:
             raise EngineFailed("the engine host died as it was forked", hint="see the replica's log")
         return host
@@ -92,8 +97,9 @@ class WarmProcess:
         """Run one warm process to its end; return whether it ever was ready."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         with contextlib.closing(ours):
-            with contextlib.closing(theirs):
+            with contextlib.closing(theirs), self._children.coming():
                 process = await self._spawn(theirs.fileno())
+                self._children.own(process.pid)
             channel = Channel(ours)
             try:
                 return await self._speak(channel, process)
@@ -101,6 +107,7 @@ class WarmProcess:
                 channel.close()
                 ours.close()  # which tells it to end
                 await _end(process)
+                self._children.disown(process.pid)
 
     async def _speak(self, channel: Channel, process: asyncio.subprocess.Process) -> bool:
         try:
@@ -143,6 +150,31 @@ class WarmProcess:
         finally:
             os.close(output)
 
+    def _open(self, pid: int) -> ForkedHost | None:
+        host = ForkedHost.open(pid, on_end=lambda: self._children.disown(pid))
+        if host is not None:
+            self._children.own(pid)
+        return host
+
+    async def _end_unwanted(self, answer: asyncio.Future[int]) -> None:
+        """End a host whose start was called off while it was being forked, and return when it is gone."""
+        try:
+            async with asyncio.timeout(_UNWANTED_S):
+                if host := self._open(await asyncio.shield(answer)):
+                    host.signal(signal.SIGKILL)
+                    await host.ended()
+        except SllmError:
+            return  # there is none
+        except TimeoutError:
+            log.error("a fork that was called off has not been answered, or its host does not die")
+        finally:
+            if not answer.done():  # called off again: it ends when it comes
+                answer.add_done_callback(self._kill_late)
+
+    def _kill_late(self, answer: asyncio.Future[int]) -> None:
+        if answer.exception() is None and (host := self._open(answer.result())):
+            host.signal(signal.SIGKILL)  # it reaps itself
+
     def _give_up(self, error: SllmError) -> None:
         """Fail the starts that wait; later ones wait for the next attempt."""
         log.error("%s", error.message)
@@ -166,9 +198,3 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
-
-
-def _end_unwanted(answer: asyncio.Future[int]) -> None:
-    """End a host whose start was called off while it was being forked."""
-    if answer.exception() is None and (host := ForkedHost.open(answer.result())):
-        host.signal(signal.SIGKILL)  # it reaps itself

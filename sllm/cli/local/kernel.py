@@ -1,22 +1,12 @@
-"""What the Linux kernel does for a supervisor: ending children with their parent, and giving it its orphans."""
+"""What the Linux kernel does for a supervisor: ending its children with it."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def become_subreaper() -> None:
-    """Make this process the parent of every descendant whose own parent is gone."""
-    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+from sllm.linux import PR_SET_PDEATHSIG, prctl
 
 
 def dies_with_parent() -> Callable[[], None]:
@@ -24,7 +14,7 @@ def dies_with_parent() -> Callable[[], None]:
     parent = os.getpid()
 
     def before_exec() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent ended before the line above
             os._exit(1)
 

@@ -9,24 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sllm.errors import Conflict
+from sllm.linux import claim
 
 
 @contextmanager
 def locked(state: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises Conflict, naming the process that holds it. The kernel frees it if we die."""
-    with (state / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise Conflict(
-                f"a cluster already runs on {state} (process {holder})", hint="stop it, or give another --state DIR"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+
+    def taken(holder: str) -> Conflict:
+        return Conflict(
+            f"a cluster already runs on {state} (process {holder})", hint="stop it, or give another --state DIR"
+        )
+
+    fd = claim(state / "lock", taken)
+    try:
         yield
+    finally:
+        os.close(fd)
 
 
 def was_abandoned(state: Path) -> bool:

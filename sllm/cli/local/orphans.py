@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import psutil
 
-from sllm.cli.local.kernel import become_subreaper
+from sllm.linux import become_subreaper
 
 
 def adopt(ours: Callable[[], set[int]]) -> None:

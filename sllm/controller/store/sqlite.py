@@ -7,7 +7,6 @@ corrupt the write-ahead log of the SQLite versions before 3.51.3.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,6 +17,7 @@ from typing import TypeVar
 from sllm.controller.store.base import Compare, Item, Op, Put, TxnResult, WatchEvent
 from sllm.controller.store.history import History
 from sllm.errors import Conflict, InvalidConfiguration, SllmError
+from sllm.linux import claim
 
 SCHEMA_VERSION = 1
 _FILE = "state.db"
@@ -44,7 +44,8 @@ class SqliteStore:
 
     @classmethod
     async def open(cls, folder: Path) -> SqliteStore:
-        """Open or make the store. Raises Conflict if it is in use, or was made by a newer version."""
+        """Open or make the store. Raises Conflict if it is in use, or was made by a newer version,
+        and InvalidConfiguration if it cannot be used, or is damaged."""
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         loop = asyncio.get_running_loop()
         try:
@@ -95,37 +96,43 @@ class SqliteStore:
 
 
 def _locked(folder: Path) -> int:
+    def taken(holder: str) -> Conflict:
+        return Conflict(
+            f"{folder} is in use by process {holder}", hint="only one controller may use a state folder; stop that one"
+        )
+
     try:
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return claim(folder / _LOCK, taken)
     except OSError as error:
         raise InvalidConfiguration(f"cannot use state folder {folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        raise Conflict(
-            f"{folder} is in use by process {owner}", hint="only one controller may use a state folder; stop that one"
-        ) from error
-    os.ftruncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
-    return lock
 
 
 def _connected(file: Path) -> tuple[sqlite3.Connection, int]:
     connection = sqlite3.connect(file, isolation_level=None)
     try:
+        _check_whole(connection)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
             _create(connection)
         _check_version(connection, file)
         return connection, _revision(connection)
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise InvalidConfiguration(
+            f"cannot use the state in {file}: {error}", hint="restore a backup of it, or move it away to begin anew"
+        ) from error
     except BaseException:
         connection.close()
         raise
+
+
+def _check_whole(connection: sqlite3.Connection) -> None:
+    (problem,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if problem != "ok":
+        raise sqlite3.DatabaseError(problem)
 
 
 def _create(connection: sqlite3.Connection) -> None:
@@ -135,7 +142,7 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _check_version(connection: sqlite3.Connection, file: Path) -> None:
-    (found,) = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+    found = _number(connection, "schema")
     if found > SCHEMA_VERSION:
         raise Conflict(
             f"{file} has schema {found}, and this version knows {SCHEMA_VERSION} at most",
@@ -144,8 +151,14 @@ def _check_version(connection: sqlite3.Connection, file: Path) -> None:
 
 
 def _revision(connection: sqlite3.Connection) -> int:
-    (revision,) = connection.execute("SELECT value FROM meta WHERE name = 'revision'").fetchone()
-    return int(revision)
+    return _number(connection, "revision")
+
+
+def _number(connection: sqlite3.Connection, name: str) -> int:
+    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        raise sqlite3.DatabaseError(f"its {name} is not there")
+    return int(row[0])
 
 
 def _get(connection: sqlite3.Connection, key: str) -> Item | None:

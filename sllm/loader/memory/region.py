@@ -116,10 +116,16 @@ class _Filling:
         done = 0
         while done < chunk.size_bytes:
             with self._view[chunk.offset + done : chunk.offset + chunk.size_bytes] as target:
-                count = os.preadv(self._shards[chunk.shard], [target], chunk.shard_offset + done)
+                count = self._read_some(chunk, done, target)
             if count == 0:
                 raise InvalidCheckpoint(f"{chunk.shard} is shorter than when it was added", hint="add it again")
             done += count
         with self._lock:
             self._done += chunk.size_bytes
             self._progress(self._done)
+
+    def _read_some(self, chunk: Read, done: int, target: memoryview) -> int:
+        try:
+            return os.preadv(self._shards[chunk.shard], [target], chunk.shard_offset + done)
+        except OSError as error:  # the disk has lost it
+            raise InvalidCheckpoint(f"{chunk.shard} cannot be read: {error.strerror}", hint="add it again") from error
