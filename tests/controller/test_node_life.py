@@ -336,7 +336,8 @@ async def test_what_was_acknowledged_is_stored_or_the_controller_ends(tools):
         store.full = True
         asked = [bench.deploy("one"), bench.deploy("two"), bench.gateway.acquire("one")]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert "disk is full" in str(answers[0])
+        # Which of the calls comes first is the wire's to say; the others find the writer gone.
+        assert any("disk is full" in str(answer) for answer in answers)
         assert all(isinstance(answer, SllmError) for answer in answers)
         assert "disk is full" in str(bench.controller.writing.exception())
         store.full = False
