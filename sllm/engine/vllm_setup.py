@@ -78,6 +78,7 @@ def warm() -> EngineKind:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _keep_from_compiling_on_cpu()
     version = installed_version()
     for module in _LAZY_MODULES:
         importlib.import_module(module)
@@ -100,6 +101,18 @@ def warm() -> EngineKind:
     vllm_args.parser()
     architectures = tuple(sorted(ModelRegistry.get_supported_archs()))
     return EngineKind(name="vllm", version=version, architectures=architectures, build=vllm_engine.build)
+
+
+def _keep_from_compiling_on_cpu() -> None:
+    """To be called before vLLM is imported: torch looks at this when a function is decorated.
+
+    vLLM compiles the ranking of logprobs at the first request that asks for them. On a CPU that takes g++ and stalls
+    every stream for many seconds; without g++ the engine dies.
+    """
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def keep_requests_out_of_logs() -> None:

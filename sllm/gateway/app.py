@@ -83,6 +83,7 @@ class App:
     def _models(self, path: str) -> dict[str, Any]:
         name = path.removeprefix(_MODELS).strip("/")
         if not name:
+            self._routes.check_known()
             return {"object": "list", "data": [_model(route) for route in self._routes.all()]}
         return _model(self._route(name))
 

@@ -32,7 +32,8 @@ from sllm.rpc.transport import Tls
 log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
-_CANCEL_AFTER_S = 3  # what did not end with its error is cut off
+# What has not ended within the drain gets an error, and this much longer to send it before it is cut off.
+_CANCEL_AFTER_S = int(DRAIN_S) + 3
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -36,10 +36,14 @@ class Routes:
         self.connected = False
 
     def get(self, name: str) -> Route | None:
-        """Return the route of a deployment; one that is being deleted has none."""
+        """Return the route of a deployment; one that is being deleted has none. Raises Unavailable."""
+        self.check_known()
+        return self._routes.get(name)
+
+    def check_known(self) -> None:
+        """Raise Unavailable while nothing was ever heard of the controller: no route is then no proof of anything."""
         if not self.known:
             raise Unavailable("this gateway has not reached its controller yet", retry_after_s=1.0)
-        return self._routes.get(name)
 
     def all(self) -> list[Route]:
         return list(self._routes.values())

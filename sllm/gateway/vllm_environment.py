@@ -16,6 +16,9 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_CONFIGURE_LOGGING": "0",  # its loggers write through ours
     "VLLM_PLUGINS": "",  # none, not even our own: that one is for engines
+    # A request asks for prompts x n sequences. vLLM's own bounds (1024 x 16384) let one small body take all memory.
+    "VLLM_MAX_COMPLETION_PROMPTS": "256",
+    "VLLM_MAX_N_SEQUENCES": "16",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOOPBACK_IP": "127.0.0.1",
 }

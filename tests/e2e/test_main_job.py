@@ -160,6 +160,8 @@ def test_tokenize_counts_what_a_completion_is_charged(cluster: Cluster) -> None:
         ("/v1/chat/completions", b"[]", 400),
         ("/v1/completions", b'{"model": "chat", "prompt": "x", "max_tokens": -1}', 400),
         ("/v1/completions", b'{"model": "chat", "prompt": "x", "max_tokens": 100000}', 400),
+        ("/v1/completions", b'{"model": "chat", "prompt": "x", "n": 17}', 400),
+        ("/v1/completions", b'{"model": "chat", "prompt": [' + b'"x",' * 256 + b'"x"]}', 400),
         ("/v1/nothing", b"{}", 404),
         ("/inference/v1/generate", b"{}", 404),
         ("/sleep", b"{}", 404),
