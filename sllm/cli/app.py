@@ -9,7 +9,7 @@ import typer
 
 from sllm.cli import failures
 from sllm.cli.lazy import Entry, group
-from sllm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, SllmError
+from sllm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, InvalidArgument, SllmError
 
 
 def _verb(name: str, summary: str, details: str = "") -> Entry:
@@ -74,11 +74,18 @@ def run(args: Sequence[str]) -> int:
         return _usage(error)
     except SllmError as error:
         return failures.report(error, as_json=False)
+    except OSError as error:
+        return failures.report(_of_the_system(error), as_json=False)
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else EXIT_OK
+
+
+def _of_the_system(error: OSError) -> SllmError:
+    where = f"{error.filename}: " if error.filename else ""
+    return InvalidArgument(f"{where}{error.strerror or error}", hint="is it a place that can be read and written?")
 
 
 def _usage(error: typer.TyperException) -> int:
