@@ -94,6 +94,27 @@ async def test_a_killed_host_is_a_failed_replica_with_free_devices(
     await agent.controller.until(lambda r: not r.replicas)
 
 
+async def test_a_stopped_host_is_a_failed_replica_with_free_devices(
+    make_agent: Callable[..., Any],
+    make_spec: Callable[..., Any],
+    model: Path,
+    process_end: Callable[[int], Awaitable[None]],
+) -> None:
+    agent = make_agent()
+    await agent.start()
+    spec = make_spec((await agent.add(model)).digest, devices=CPU)
+    await agent.start_replica(spec)
+    os.kill((await agent.replica_in("ready")).pid, signal.SIGSTOP)
+    status = await agent.replica_in("failed")
+    assert (status.error, status.error_reason) == ("the engine host does not answer", "ENGINE_FAILED")
+    await process_end(status.pid)
+    await agent.controller.until(lambda r: device_states(r) == [DeviceState.FREE])
+    again = make_spec(spec.digest, id=ReplicaId("rep-2"), generation=2, devices=CPU)
+    await agent.stop_replica(spec)
+    await agent.start_replica(again)
+    await agent.replica_in("ready")
+
+
 async def test_a_host_that_cannot_build_its_engine_fails_with_the_reason(
     make_agent: Callable[..., Any],
     make_spec: Callable[..., Any],

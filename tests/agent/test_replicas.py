@@ -65,6 +65,49 @@ async def test_a_host_that_dies_is_a_failure_with_its_last_words(
     assert not node.local.records.path(host.launch.spec.id).exists()
 
 
+async def test_a_host_that_stops_answering_is_ended_and_frees_its_devices(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "UNRESPONSIVE_S", 0.5)
+    monkeypatch.setattr(hosts, "ATTACH_S", 0.1)
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    host.fall_silent()
+    await node.until(lambda: not node.local.replicas.leases.holders)
+    assert node.state() == "failed"
+    assert node.status().error == "the engine host does not answer"
+    assert node.status().error_reason == "ENGINE_FAILED"
+    assert host.signals == [signal.SIGKILL]
+    assert host.attempts > 2
+
+
+async def test_a_host_that_answers_again_in_time_lives_on(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    for running in (1, 2):
+        host.fall_silent()
+        await host.until_asked()
+        host.say(running=running)
+        host.answer()
+        await node.until(lambda running=running: node.status().running == running)
+    assert node.state() == "ready"
+    assert host.signals == []
+
+
+async def test_a_host_that_drains_and_stops_answering_is_gone_not_failed(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "UNRESPONSIVE_S", 0.2)
+    node = make_node()
+    host = await serving(node, make_spec(await node.add(model)))
+    node.local.replicas.stop(host.launch.spec.id, 1, 3600.0)
+    host.fall_silent()
+    await node.until(lambda: node.state() == "gone")
+    assert node.local.replicas.leases.holders == {}
+
+
 async def test_a_host_that_dies_before_it_listens_is_a_failure(
     make_node: MakeNode, make_spec: MakeSpec, model: Path
 ) -> None:

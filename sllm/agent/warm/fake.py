@@ -13,7 +13,7 @@ from sllm.agent.changes import Changes
 from sllm.core.launch import Launch, LaunchRecord, WarmReady
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.core.tokens import ClientFrame, StepOutputs
-from sllm.errors import EngineFailed, StaleGeneration
+from sllm.errors import EngineFailed, StaleGeneration, Unavailable
 from sllm.rpc import transport
 from sllm.rpc.control import Empty
 from sllm.rpc.engine import AttachRequest, HostStatus, StopRequest, handlers
@@ -29,6 +29,9 @@ class FakeHost:
         self.stops: list[float] = []
         self.signals: list[signal.Signals] = []
         self.stubborn = False  # does not end when it is told to
+        self.attempts = 0  # to attach
+        self._silent = False
+        self._asked = Changes()
         self._pid = pid
         self._status = HostStatus(
             replica=launch.spec.id, state=ReplicaState.STARTING, phase=StartPhase.BUILDING, progress=0.0
@@ -60,13 +63,32 @@ class FakeHost:
     def become_ready(self) -> None:
         self.say(state=ReplicaState.READY, phase=StartPhase.READY, progress=1.0)
 
+    def fall_silent(self) -> None:
+        """Break the streams of those attached, and answer no other."""
+        self._silent = True
+        self._changes.notify()
+
+    async def until_asked(self) -> None:
+        """Return when somebody has tried to attach since this was called."""
+        await self._asked.wait_beyond(self._asked.revision)
+
+    def answer(self) -> None:
+        """End the silence, also for those who wait for an answer."""
+        self._silent = False
+        self._changes.notify()
+
     async def attach(self, request: AttachRequest) -> AsyncIterator[HostStatus]:
         if request.nonce != self.launch.nonce:
             raise StaleGeneration("another nonce")
-        while True:
+        self.attempts += 1
+        self._asked.notify()
+        while self._silent:
+            await self._changes.wait_beyond(self._changes.revision)
+        while not self._silent:
             seen = self._changes.revision
             yield self._status
             await self._changes.wait_beyond(seen)
+        raise Unavailable("the stream is broken")
 
     async def stop(self, request: StopRequest) -> Empty:
         self.stops.append(request.drain_s)
