@@ -1,5 +1,6 @@
 """The documentation keeps up with the code where a machine can tell."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,10 @@ def test_every_exit_code_is_documented() -> None:
 def test_engine_arguments_point_to_where_they_are_listed() -> None:
     assert ENGINE_ARGS
     assert "engine_args.py" in (DOCS / "decisions" / "0002-engine-arguments-allow-list.md").read_text()
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    root = DOCS.parent
+    for document in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("examples/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.relative_to(root)}: {target}"
