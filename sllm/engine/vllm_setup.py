@@ -11,11 +11,9 @@ import logging
 import os
 from typing import Any
 
+from sllm.core.vllm_versions import TESTED_VERSIONS
 from sllm.engine.base import EngineKind
 from sllm.errors import EngineFailed
-
-# What the adapter was tested with. It touches names that vLLM does not promise to keep.
-TESTED_VERSIONS = ("0.32.0",)
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

@@ -36,6 +36,7 @@ from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core_client import EngineCoreClient  # noqa: E402
 
 from sllm.core.engine_args import Taker, flags_for  # noqa: E402
+from sllm.core.vllm_versions import TESTED_VERSIONS  # noqa: E402
 from sllm.errors import InvalidArgument, InvalidConfiguration, SllmError, UnsupportedCheckpoint  # noqa: E402
 from sllm.gateway.execution_files import ExecutionFiles  # noqa: E402
 from sllm.gateway.front_end import FrontEnd, Message, Receive, Recipe, Send  # noqa: E402
@@ -44,7 +45,6 @@ from sllm.gateway.vllm_outputs import order_of, outputs_of, problem_with  # noqa
 
 log = logging.getLogger(__name__)
 
-TESTED_VERSIONS = ("0.32.0",)
 _TASKS = ("generate",)
 _MAX_REASON = 400
 
