@@ -19,6 +19,7 @@ from sllm.controller.store.base import Op
 from sllm.controller.world import World
 from sllm.core.ids import DeploymentName, OperationId, make_id
 from sllm.core.operation import Operation, OperationState
+from sllm.core.request import RequestRow, RequestState
 from sllm.core.snapshot import Command, DeploymentView, Intent
 from sllm.errors import NotFound
 from sllm.rpc.control import AddCheckpointRequest, DeleteRequest, DeployRequest, RemoveCheckpointRequest, ScaleRequest
@@ -67,9 +68,14 @@ class Handlers:
             raise refusal
         waiter = Waiter(
             ticket=event.ticket.number,
-            request=request.request_id,
+            row=RequestRow(
+                id=request.request_id,
+                deployment=name,
+                state=RequestState.HELD,
+                prompt_tokens=request.prompt_tokens,
+                started_at=request.started_at,
+            ),
             gateway=request.gateway,
-            deployment=name,
             since=now,
             deadline=now + request.timeout_s,
         )
@@ -218,7 +224,6 @@ def grant_held(world: World, name: DeploymentName, now: float) -> None:
         return
     for grant in world.router.grant(name, ready, world.loads.per_replica()):
         waiter = grant.waiter
-        world.loads.granted(
-            waiter.ticket, gateway=waiter.gateway, request=waiter.request, replica=grant.target.replica, now=now
-        )
+        running = replace(waiter.row, state=RequestState.RUNNING, replica=grant.target.replica)
+        world.loads.granted(waiter.ticket, gateway=waiter.gateway, row=running, now=now)
         world.tickets[waiter.ticket].grant(grant.target)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sllm.core.ids import ReplicaId, RequestId
+from sllm.core.ids import ReplicaId
 from sllm.core.request import RequestRow, RequestState
 
 OVERDUE_S = 5.0  # gateways report every second
@@ -25,8 +25,7 @@ class _Gateway:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Granted:
     gateway: str
-    request: RequestId
-    replica: ReplicaId
+    row: RequestRow
     at: float
     # Since it was granted, per process of that gateway's name.
     reports: Counter[str]
@@ -48,11 +47,11 @@ class Loads:
         confirmed = {row.id for row in running}
         for ticket, granted in list(self._granted.items()):
             if granted.gateway == gateway:
-                self._age(ticket, granted, incarnation, seen=granted.request in confirmed)
+                self._age(ticket, granted, incarnation, seen=granted.row.id in confirmed)
 
-    def granted(self, ticket: int, *, gateway: str, request: RequestId, replica: ReplicaId, now: float) -> None:
+    def granted(self, ticket: int, *, gateway: str, row: RequestRow, now: float) -> None:
         """Count a request that was just sent to a replica, until its gateway reports it."""
-        self._granted[ticket] = _Granted(gateway=gateway, request=request, replica=replica, at=now, reports=Counter())
+        self._granted[ticket] = _Granted(gateway=gateway, row=row, at=now, reports=Counter())
 
     def released(self, ticket: int) -> None:
         """A grant came to nothing: nobody was there to take it."""
@@ -77,7 +76,9 @@ class Loads:
         self._watches[gateway] = self._watches.get(gateway, 0) + (1 if begins else -1)
 
     def per_replica(self) -> Counter[ReplicaId]:
-        total: Counter[ReplicaId] = Counter(granted.replica for granted in self._granted.values())
+        total: Counter[ReplicaId] = Counter(
+            granted.row.replica for granted in self._granted.values() if granted.row.replica
+        )
         for gateway in self._gateways.values():
             total.update(gateway.running)
         return total
@@ -88,8 +89,11 @@ class Loads:
         return bool(seen) and now < min(seen) + OVERDUE_S
 
     def rows(self) -> Iterator[RequestRow]:
+        """What is known of each request; of one that comes twice, the later is the newer."""
         for gateway in self._gateways.values():
             yield from gateway.rows
+        for granted in self._granted.values():
+            yield granted.row
 
     def _age(self, ticket: int, granted: _Granted, incarnation: str, *, seen: bool) -> None:
         granted.reports[incarnation] += 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sllm.core.ids import DeploymentName, ReplicaId, RequestId
+from sllm.core.ids import DeploymentName, ReplicaId
+from sllm.core.request import RequestRow
 from sllm.core.route import RouteTarget
 from sllm.core.snapshot import Held
 from sllm.errors import QueueFull
@@ -19,11 +20,14 @@ class Waiter:
     """A held request. `ticket` names this attempt of it to be granted a replica."""
 
     ticket: int
-    request: RequestId
+    row: RequestRow
     gateway: str
-    deployment: DeploymentName
     since: float
     deadline: float
+
+    @property
+    def deployment(self) -> DeploymentName:
+        return self.row.deployment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,10 @@ class Router:
     def waiting(self, deployment: DeploymentName) -> list[Waiter]:
         """Those who wait for a deployment, the first first."""
         return list(self._queues.get(deployment, {}).values())
+
+    def rows(self) -> Iterator[RequestRow]:
+        """What is known of each that waits."""
+        return (waiter.row for waiter in self._waiters.values())
 
     def held(self) -> dict[DeploymentName, Held]:
         """What is held, per deployment that has anything held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from typing import cast
 
@@ -61,7 +62,9 @@ class ControllerControl:
         return status.cluster_status(self._snapshot(), self._world.reasons, self._world.clock.monotonic())
 
     async def list_requests(self, request: Empty) -> RequestList:
-        return status.request_list(self._world.loads.rows(), self._world.cluster.replicas)
+        # What gateways report every second, and what we know before they do.
+        rows = itertools.chain(self._world.loads.rows(), self._world.router.rows())
+        return status.request_list(rows, self._world.cluster.replicas)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         node, replica = self._located(request.target)

@@ -52,13 +52,15 @@ def checkpoint_list(snapshot: Snapshot) -> CheckpointList:
 
 
 def request_list(rows: Iterable[RequestRow], replicas: Mapping[ReplicaId, ReplicaView]) -> RequestList:
-    """Open requests, the oldest first, with the nodes they run on."""
+    """Open requests, the oldest first, with the nodes they run on. Of two rows of one request the later holds."""
 
     def placed(row: RequestRow) -> RequestRow:
         replica = replicas.get(row.replica) if row.replica else None
         return replace(row, node=replica.node) if replica else row
 
-    return RequestList(requests=tuple(placed(row) for row in sorted(rows, key=lambda row: (row.started_at, row.id))))
+    latest = {row.id: row for row in rows}
+    in_order = sorted(latest.values(), key=lambda row: (row.started_at, row.id))
+    return RequestList(requests=tuple(placed(row) for row in in_order))
 
 
 def _deployment(

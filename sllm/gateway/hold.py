@@ -61,7 +61,12 @@ class Hold:
             raise DeadlineExceeded(f"{request.deployment!r}: no replica had room in time")
         updates = self._controller.acquire(
             AcquireRequest(
-                gateway=self._gateway, request_id=request.id, deployment=request.deployment, timeout_s=left_s
+                gateway=self._gateway,
+                request_id=request.id,
+                deployment=request.deployment,
+                timeout_s=left_s,
+                prompt_tokens=request.prompt_tokens,
+                started_at=request.started_at,
             )
         )
         async with aclosing(cast(AsyncGenerator[AcquireUpdate, None], updates)):

@@ -91,6 +91,10 @@ class OpenRequest:
         return self.finished_tokens + sum(len(s.journal.tokens) for s in self.sequences.values())
 
     @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+    @property
     def is_over(self) -> bool:
         """True if nothing more may be done for it."""
         return self.closed or self.failure is not None or self.restart
@@ -116,7 +120,7 @@ class OpenRequest:
             deployment=self.deployment,
             state=RequestState.HELD if self.target is None else RequestState.RUNNING,
             replica=None if self.target is None else self.target.replica,
-            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             started_at=self.started_at,
         )

@@ -176,16 +176,20 @@ class WatchRoutesRequest(_message.Message):
     def __init__(self, gateway: _Optional[str] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("gateway", "request_id", "deployment", "timeout_s")
+    __slots__ = ("gateway", "request_id", "deployment", "timeout_s", "prompt_tokens", "started_at")
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     gateway: str
     request_id: str
     deployment: str
     timeout_s: float
-    def __init__(self, gateway: _Optional[str] = ..., request_id: _Optional[str] = ..., deployment: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    prompt_tokens: int
+    started_at: float
+    def __init__(self, gateway: _Optional[str] = ..., request_id: _Optional[str] = ..., deployment: _Optional[str] = ..., timeout_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., started_at: _Optional[float] = ...) -> None: ...
 
 class AcquireUpdate(_message.Message):
     __slots__ = ("phase", "progress", "target")

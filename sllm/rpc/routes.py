@@ -26,6 +26,8 @@ class AcquireRequest:
     request_id: RequestId
     deployment: DeploymentName
     timeout_s: float
+    prompt_tokens: int = 0
+    started_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -261,7 +261,9 @@ class FakeGateway:
     ) -> RequestRow:
         """Hold a request until it has a replica; what is told meanwhile goes to `seen`."""
         request = f"req-{next(self._numbers)}"
-        asked = AcquireRequest(gateway=self.name, request_id=request, deployment=deployment, timeout_s=timeout_s)
+        asked = AcquireRequest(
+            gateway=self.name, request_id=request, deployment=deployment, timeout_s=timeout_s, prompt_tokens=3
+        )
         async for update in self.client.acquire(asked):
             if seen is not None:
                 seen.append(update)

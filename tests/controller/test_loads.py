@@ -9,7 +9,7 @@ def row(name, replica="rep-x", state=RequestState.RUNNING):
 
 
 def grant(loads, ticket, name, gateway="g"):
-    loads.granted(ticket, gateway=gateway, request=f"req-{name}", replica="rep-x", now=0.0)
+    loads.granted(ticket, gateway=gateway, row=row(name), now=0.0)
 
 
 def test_counts_running_requests_of_all_gateways():
@@ -32,6 +32,14 @@ def test_a_grant_counts_until_its_gateway_reports_the_request():
     assert loads.per_replica() == {"rep-x": 1}
     loads.report("g", "", (row("1"),), 1.0)
     assert loads.per_replica() == {"rep-x": 1}
+
+
+def test_a_granted_request_is_listed_until_its_gateway_reports_it():
+    loads = Loads()
+    grant(loads, 1, "1")
+    assert list(loads.rows()) == [row("1")]
+    loads.report("g", "", (row("1"),), 1.0)
+    assert list(loads.rows()) == [row("1")]
 
 
 def test_a_report_that_was_under_way_does_not_take_a_grant_back():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm.controller.router import Router, Waiter
+from sllm.core.request import RequestRow, RequestState
 from sllm.core.route import RouteTarget
 from sllm.errors import QueueFull
 
@@ -12,9 +13,8 @@ from sllm.errors import QueueFull
 def waiter(ticket, deployment="app", since=0.0, deadline=100.0, gateway="g"):
     return Waiter(
         ticket=ticket,
-        request=f"req-{ticket}",
+        row=RequestRow(id=f"req-{ticket}", deployment=deployment, state=RequestState.HELD),
         gateway=gateway,
-        deployment=deployment,
         since=since,
         deadline=deadline,
     )

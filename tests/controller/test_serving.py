@@ -9,6 +9,7 @@ import pytest
 
 from sllm.core.deployment import DeploymentState
 from sllm.core.replica import ReplicaState, StartPhase
+from sllm.core.request import RequestState
 from sllm.errors import DeadlineExceeded, NotFound, QueueFull
 from sllm.rpc.control import Empty
 from sllm.rpc.routes import ReportLoadRequest, WatchRoutesRequest
@@ -24,6 +25,8 @@ async def test_a_cold_request_starts_a_replica_and_is_granted_it(bench):
     await bench.until(lambda: agent.replicas)
     assert (await bench.row()).state is DeploymentState.STARTING
     assert (await bench.row()).held_requests == 1
+    (listed,) = (await bench.control.list_requests(Empty())).requests
+    assert (listed.state, listed.replica, listed.prompt_tokens) == (RequestState.HELD, None, 3), "before any report"
     (replica,) = agent.replicas
     agent.progress(replica, phase=StartPhase.READING, progress=0.42)
     await bench.until(lambda: any(u.phase == "reading" for u in seen))
@@ -35,6 +38,8 @@ async def test_a_cold_request_starts_a_replica_and_is_granted_it(bench):
     assert (target.node, target.address, target.revision) == ("a", "a:9", 1)
     assert target.generation == agent.replicas[replica].spec.generation
     assert (await bench.row()).running_requests == 1
+    (listed,) = (await bench.control.list_requests(Empty())).requests
+    assert (listed.state, listed.replica, listed.node) == (RequestState.RUNNING, replica, "a"), "before any report"
 
 
 async def test_a_ready_replica_with_room_is_granted_at_once(bench):
