@@ -4,7 +4,20 @@
     ├── InvalidArgument             the caller's input is wrong and would stay wrong
     │   ├── InvalidConfiguration    a configuration file or setting is wrong
     │   ├── InvalidCheckpoint       a checkpoint's files are wrong (truncated, inconsistent, hostile)
+    │   │   ├── ManifestMissing         there is no manifest: not a checkpoint, or half a one
+    │   │   ├── ManifestMalformed       it is not what the format says a manifest is
+    │   │   ├── ManifestCorrupt         it is not what was written: its digest does not match
+    │   │   ├── TensorMisplaced         a tensor would lie outside its partition, or unaligned
+    │   │   ├── TensorMisdescribed      a tensor's size contradicts its dtype, shape and stride
+    │   │   ├── PartitionMissing        a partition's file is not there, or is no regular file
+    │   │   ├── PartitionTruncated      a partition's file has another length than its manifest says
+    │   │   ├── ChunkCorrupt            bytes of a partition are not those that were written
+    │   │   ├── ExecutionFileDamaged    an execution file is missing, or not what was written
+    │   │   └── CheckpointUnreadable    the disk does not give the bytes back
     │   └── UnsupportedCheckpoint   the files are fine, but nothing here can serve them
+    │       ├── FormatTooNew            a later version wrote it
+    │       ├── UnknownDtype            a tensor's dtype is none that this version knows
+    │       └── StaleLayout             a runtime layout that was made for another engine or setting
     ├── NotFound                    the thing named does not exist
     ├── Conflict                    the thing exists already, or is in a state that forbids this
     │   └── StaleGeneration         a fenced-off owner tried to act
@@ -63,6 +76,74 @@ class InvalidCheckpoint(InvalidArgument):
 
 class UnsupportedCheckpoint(InvalidArgument):
     reason = "UNSUPPORTED_CHECKPOINT"
+
+
+_ADD_AGAIN = "add the checkpoint again: sllm checkpoint add"
+
+
+class ManifestMissing(InvalidCheckpoint):
+    reason = "MANIFEST_MISSING"
+    default_hint = "make one with `sllm checkpoint convert`, or name the folder that has manifest.json"
+
+
+class ManifestMalformed(InvalidCheckpoint):
+    reason = "MANIFEST_MALFORMED"
+    default_hint = _ADD_AGAIN
+
+
+class ManifestCorrupt(InvalidCheckpoint):
+    reason = "MANIFEST_CORRUPT"
+    default_hint = _ADD_AGAIN
+
+
+class TensorMisplaced(InvalidCheckpoint):
+    reason = "TENSOR_MISPLACED"
+    default_hint = _ADD_AGAIN
+
+
+class TensorMisdescribed(InvalidCheckpoint):
+    reason = "TENSOR_MISDESCRIBED"
+    default_hint = _ADD_AGAIN
+
+
+class PartitionMissing(InvalidCheckpoint):
+    reason = "PARTITION_MISSING"
+    default_hint = _ADD_AGAIN
+
+
+class PartitionTruncated(InvalidCheckpoint):
+    reason = "PARTITION_TRUNCATED"
+    default_hint = _ADD_AGAIN
+
+
+class ChunkCorrupt(InvalidCheckpoint):
+    reason = "CHUNK_CORRUPT"
+    default_hint = _ADD_AGAIN
+
+
+class ExecutionFileDamaged(InvalidCheckpoint):
+    reason = "EXECUTION_FILE_DAMAGED"
+    default_hint = _ADD_AGAIN
+
+
+class CheckpointUnreadable(InvalidCheckpoint):
+    reason = "CHECKPOINT_UNREADABLE"
+    default_hint = "the disk reports errors: see the kernel's log, and add the checkpoint again elsewhere"
+
+
+class FormatTooNew(UnsupportedCheckpoint):
+    reason = "FORMAT_TOO_NEW"
+    default_hint = "upgrade sllm on this machine"
+
+
+class UnknownDtype(UnsupportedCheckpoint):
+    reason = "UNKNOWN_DTYPE"
+    default_hint = "upgrade sllm and torch on this machine"
+
+
+class StaleLayout(UnsupportedCheckpoint):
+    reason = "STALE_LAYOUT"
+    default_hint = "it is made anew from the checkpoint's other layout"
 
 
 class NotFound(SllmError):
@@ -132,12 +213,30 @@ EXIT_INTERRUPTED = 130
 _INVALID = Outcome(grpc="INVALID_ARGUMENT", http=400, openai_type="invalid_request_error", exit_code=EXIT_USAGE)
 _FAILED = Outcome(grpc="ABORTED", http=503, openai_type="service_unavailable_error", exit_code=8)
 
+# Ways in which a checkpoint's files can be wrong, or beyond this version: all the caller's input.
+_CHECKPOINT_REASONS = (
+    "INVALID_CHECKPOINT",
+    "MANIFEST_MISSING",
+    "MANIFEST_MALFORMED",
+    "MANIFEST_CORRUPT",
+    "TENSOR_MISPLACED",
+    "TENSOR_MISDESCRIBED",
+    "PARTITION_MISSING",
+    "PARTITION_TRUNCATED",
+    "CHUNK_CORRUPT",
+    "EXECUTION_FILE_DAMAGED",
+    "CHECKPOINT_UNREADABLE",
+    "UNSUPPORTED_CHECKPOINT",
+    "FORMAT_TOO_NEW",
+    "UNKNOWN_DTYPE",
+    "STALE_LAYOUT",
+)
+
 OUTCOMES: dict[str, Outcome] = {
+    **dict.fromkeys(_CHECKPOINT_REASONS, _INVALID),
     "INTERNAL": Outcome(grpc="INTERNAL", http=500, openai_type="server_error", exit_code=EXIT_ERROR),
     "INVALID_ARGUMENT": _INVALID,
     "INVALID_CONFIGURATION": _INVALID,
-    "INVALID_CHECKPOINT": _INVALID,
-    "UNSUPPORTED_CHECKPOINT": _INVALID,
     "NOT_FOUND": Outcome(grpc="NOT_FOUND", http=404, openai_type="invalid_request_error", exit_code=3),
     "CONFLICT": Outcome(grpc="FAILED_PRECONDITION", http=409, openai_type="conflict_error", exit_code=4),
     "STALE_GENERATION": Outcome(grpc="FAILED_PRECONDITION", http=409, openai_type="conflict_error", exit_code=4),

@@ -1,0 +1,390 @@
+"""The checkpoint format: manifest bytes <-> checked values. Pure; every byte of the input is distrusted.
+
+The format is specified in docs/checkpoint-format.md; paper.md 1 ("loading-optimised checkpoint") is its source. A
+checkpoint is a folder with `manifest.json`, one `partition-NNN.bin` per device rank, and the model's execution files.
+The manifest's first line is a header; its digest is the sha256 of all bytes after that line, so that it names the
+content and finds every flipped bit of the index in one pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sllm.errors import (
+    FormatTooNew,
+    InvalidCheckpoint,
+    ManifestCorrupt,
+    ManifestMalformed,
+    TensorMisdescribed,
+    TensorMisplaced,
+    UnknownDtype,
+)
+from sllm.loader.dtypes import ITEM_BYTES
+
+MANIFEST = "manifest.json"
+FORMAT = "sllm-checkpoint"
+VERSION = 1
+PAGE_BYTES = 4096  # what O_DIRECT and DMA want: partitions are padded to it, large tensors begin at a multiple
+PACKED_BYTES = 64  # smaller tensors begin at a multiple of this: a cache line, and enough for any vector load
+LARGE_BYTES = 64 << 10  # from this size on a tensor begins at a page
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_CHUNK_BYTES = 8 << 20
+_MAX_DIMENSIONS = 64  # torch's limit
+_LIMIT = 1 << 62
+_HASH = re.compile(r"[0-9a-f]{16}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PARTITION = re.compile(r"partition-[0-9]{3}\.bin")
+_BODY_KEYS = {"layout", "key", "model", "chunk_bytes", "partitions", "execution_files", "tensors"}
+LAYOUTS = ("hf", "runtime")
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `size_bytes` bytes from `offset` of a partition, seen through dtype, shape and stride.
+
+    `stride` counts elements, as torch's. `size_bytes` is what the elements span: a view of a larger storage spans its
+    holes too; 0 if there are no elements. Two tensors may share bytes (tied weights, views).
+    """
+
+    partition: int
+    offset: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """One device rank's bytes. `size_bytes` is a multiple of PAGE_BYTES; `chunks` has the xxh3-64 of each
+    `Manifest.chunk_bytes` bytes (the last may be shorter), in hexadecimal."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """An execution file: its name in the folder, its length, its sha256 in hexadecimal."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the model's own configuration says. `max_model_len` counts tokens."""
+
+    architecture: str
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds. `digest` names the content (`sha256:...`); `source` and `created_at` are no part of it.
+
+    `layout` is "hf" (tensors named as in the source: for any engine, any parallelism) or "runtime" (an engine's own
+    parameters, one partition per rank), which is good only where `key` holds. `tensors` are in load order.
+    """
+
+    partitions: tuple[Partition, ...]
+    tensors: Mapping[str, Tensor]
+    chunk_bytes: int
+    layout: str = "hf"
+    key: Mapping[str, str] = field(default_factory=dict)
+    model: ModelFacts | None = None
+    execution_files: tuple[StoredFile, ...] = ()
+    source: str = ""
+    created_at: float = 0.0
+    digest: str = ""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all partitions, padding included: what a load moves."""
+        return sum(partition.size_bytes for partition in self.partitions)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return self.tensor_bytes + sum(file.size_bytes for file in self.execution_files)
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype that most bytes have."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.size_bytes
+        return max(sorted(sizes), key=lambda dtype: sizes[dtype]) if sizes else ""
+
+
+def chunk_bytes_for(size_bytes: int) -> int:
+    """Return the chunk size for a partition: small ones get small chunks, so that all threads have work."""
+    if size_bytes < 64 << 20:
+        return 1 << 20
+    return 2 << 20 if size_bytes < 512 << 20 else MAX_CHUNK_BYTES
+
+
+def alignment_of(size_bytes: int) -> int:
+    """Return what the offset of a tensor of this size is a multiple of."""
+    return PAGE_BYTES if size_bytes >= LARGE_BYTES else PACKED_BYTES
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def span_bytes(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return the bytes from the first element to the end of the last. Raises UnknownDtype."""
+    item = ITEM_BYTES.get(dtype)
+    if item is None:
+        raise UnknownDtype(f"dtype {dtype[:40]!r} is not known")
+    if 0 in shape:
+        return 0
+    return item * (1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)))
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor, in elements."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(1, n)
+    return tuple(reversed(strides))
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """Return the manifest as it is stored; equal content gives equal bytes after the first line."""
+    body = _body(manifest)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "digest": _digest(body),
+        "created_at": manifest.created_at,
+        "source": manifest.source,
+    }
+    return _dumps(header)[:-1] + b",\n" + body
+
+
+def digest_of(manifest: Manifest) -> str:
+    """Return the name of a manifest's content."""
+    return _digest(_body(manifest))
+
+
+def _body(manifest: Manifest) -> bytes:
+    model = manifest.model
+    body = {
+        "layout": manifest.layout,
+        "key": dict(sorted(manifest.key.items())),
+        "model": model and {"architecture": model.architecture, "max_model_len": model.max_model_len},
+        "chunk_bytes": manifest.chunk_bytes,
+        "partitions": [
+            {"file": p.file, "size_bytes": p.size_bytes, "sha256": p.sha256, "chunks": p.chunks}
+            for p in manifest.partitions
+        ],
+        "execution_files": [
+            {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in manifest.execution_files
+        ],
+        "tensors": manifest.tensors,
+    }
+    return _dumps(body)[1:] + b"\n"
+
+
+def _digest(body: bytes) -> str:
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
+def _dumps(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def parse(data: bytes) -> Manifest:
+    """Return the checked manifest. Raises the InvalidCheckpoint or UnsupportedCheckpoint that says what is wrong."""
+    first, found, body = data.partition(b"\n")
+    if not found or not first.endswith(b","):
+        raise ManifestMalformed("the manifest's first line is not a header")
+    header = _object(first[:-1] + b"}", "header")
+    _check_header(header)
+    if header["digest"] != _digest(body):
+        raise ManifestCorrupt("the manifest is not what was written: its digest does not match")
+    values = _object(b"{" + body, "manifest")
+    if values.keys() != _BODY_KEYS:
+        odd = sorted(values.keys() ^ _BODY_KEYS)[0]
+        raise ManifestMalformed(f"the manifest lacks, or must not have, {odd[:40]!r}")
+    return _manifest(header, values)
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    if header.get("format") != FORMAT:
+        raise ManifestMalformed(f"the manifest does not say that it is of format {FORMAT!r}")
+    version = header.get("version")
+    if type(version) is not int or version < 1:
+        raise ManifestMalformed("the manifest has no version")
+    if version > VERSION:
+        raise FormatTooNew(f"the checkpoint has format version {version}; this sllm reads up to {VERSION}")
+    for name, kinds in (("digest", str), ("source", str), ("created_at", (int, float))):
+        if not isinstance(header.get(name), kinds):
+            raise ManifestMalformed(f"the manifest's header has no {name}")
+
+
+def _manifest(header: dict[str, Any], values: dict[str, Any]) -> Manifest:
+    chunk_bytes = _count(values["chunk_bytes"], "chunk_bytes")
+    if chunk_bytes % PAGE_BYTES or not 0 < chunk_bytes <= MAX_CHUNK_BYTES or MAX_CHUNK_BYTES % chunk_bytes:
+        raise ManifestMalformed(f"chunk_bytes is {chunk_bytes}, which is no part of {MAX_CHUNK_BYTES} in whole pages")
+    if values["layout"] not in LAYOUTS:
+        raise ManifestMalformed(f"the layout is {str(values['layout'])[:40]!r}, not one of {', '.join(LAYOUTS)}")
+    partitions = tuple(_partition(each, chunk_bytes) for each in _list(values["partitions"], "partitions"))
+    if [p.file for p in partitions] != [f"partition-{n:03d}.bin" for n in range(len(partitions))] or not partitions:
+        raise ManifestMalformed("the partitions are not partition-000.bin and so on")
+    return Manifest(
+        partitions=partitions,
+        tensors=_tensors(values["tensors"], [p.size_bytes for p in partitions]),
+        chunk_bytes=chunk_bytes,
+        layout=values["layout"],
+        key=_texts(values["key"]),
+        model=_model(values["model"]),
+        execution_files=_files(values["execution_files"]),
+        source=header["source"],
+        created_at=float(header["created_at"]),
+        digest=header["digest"],
+    )
+
+
+def _partition(value: Any, chunk_bytes: int) -> Partition:
+    if not isinstance(value, dict) or value.keys() != {"file", "size_bytes", "sha256", "chunks"}:
+        raise ManifestMalformed("a partition must have file, size_bytes, sha256 and chunks")
+    file, size = value["file"], _count(value["size_bytes"], "a partition's size_bytes")
+    if not isinstance(file, str) or not _PARTITION.fullmatch(file):
+        raise ManifestMalformed(f"a partition has the name {str(file)[:40]!r}")
+    if size % PAGE_BYTES:
+        raise ManifestMalformed(f"{file} has {size} bytes, which is no multiple of {PAGE_BYTES}")
+    chunks = _list(value["chunks"], "a partition's chunks")
+    if len(chunks) != -(-size // chunk_bytes):
+        raise ManifestMalformed(f"{file} of {size} bytes cannot have {len(chunks)} chunks of {chunk_bytes}")
+    if not all(isinstance(each, str) and _HASH.fullmatch(each) for each in chunks):
+        raise ManifestMalformed(f"{file}: a chunk's hash is not 16 hexadecimal digits")
+    return Partition(file=file, size_bytes=size, sha256=_sha256(value["sha256"], file), chunks=tuple(chunks))
+
+
+def _tensors(rows: Any, sizes: list[int]) -> dict[str, Tensor]:
+    if not isinstance(rows, dict):
+        raise ManifestMalformed("tensors must map names to places")
+    return {name: _tensor(name, row, sizes) for name, row in rows.items()}
+
+
+def _tensor(name: str, row: Any, sizes: list[int]) -> Tensor:
+    """Check one row of the index; 10,000 of them must not take long."""
+    if type(row) is not list or len(row) != 6:
+        raise ManifestMalformed(f"tensor {name[:80]!r} is not [partition, offset, size, dtype, shape, stride]")
+    partition, offset, size, dtype, shape, stride = row
+    for value in (partition, offset, size):
+        if type(value) is not int or not 0 <= value < _LIMIT:
+            raise ManifestMalformed(f"tensor {name[:80]!r} has a place that is not counts")
+    if not isinstance(dtype, str):
+        raise ManifestMalformed(f"tensor {name[:80]!r} has a dtype that is not text")
+    _check_dimensions(name, shape, stride)
+    shape, stride = tuple(shape), tuple(stride)
+    try:
+        span = span_bytes(dtype, shape, stride)
+    except UnknownDtype as error:
+        raise UnknownDtype(f"tensor {name[:80]!r}: {error.message}") from None
+    if span != size:
+        raise TensorMisdescribed(
+            f"tensor {name[:80]!r} ({dtype}, shape {list(shape)}, stride {list(stride)}) spans {span} bytes, not {size}"
+        )
+    if partition >= len(sizes) or offset + size > sizes[partition]:
+        raise TensorMisplaced(f"tensor {name[:80]!r} lies outside its partition")
+    if offset % ITEM_BYTES[dtype]:
+        raise TensorMisplaced(f"tensor {name[:80]!r} at offset {offset} is not aligned to its elements")
+    return Tensor(partition, offset, size, dtype, shape, stride)
+
+
+def _check_dimensions(name: str, shape: Any, stride: Any) -> None:
+    valid = type(shape) is list and type(stride) is list and len(shape) == len(stride) <= _MAX_DIMENSIONS
+    if not valid or not all(type(n) is int and 0 <= n < _LIMIT for n in (*shape, *stride)):
+        raise ManifestMalformed(f"tensor {name[:80]!r} has a shape and stride that are not short lists of counts")
+
+
+def _model(value: Any) -> ModelFacts | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"architecture", "max_model_len"}:
+        raise ManifestMalformed("model must have architecture and max_model_len")
+    if not isinstance(value["architecture"], str):
+        raise ManifestMalformed("the model's architecture is not text")
+    length = _count(value["max_model_len"], "max_model_len")
+    return ModelFacts(architecture=value["architecture"], max_model_len=length)
+
+
+def _files(rows: Any) -> tuple[StoredFile, ...]:
+    files = tuple(_file(row) for row in _list(rows, "execution_files"))
+    if len({file.path for file in files}) != len(files):
+        raise ManifestMalformed("an execution file is named twice")
+    return files
+
+
+def _file(row: Any) -> StoredFile:
+    if not isinstance(row, dict) or row.keys() != {"path", "size_bytes", "sha256"}:
+        raise ManifestMalformed("an execution file must have path, size_bytes and sha256")
+    path = row["path"]
+    # A plain name: it can lead nowhere.
+    if not isinstance(path, str) or not path.isprintable() or "/" in path or path in ("", ".", "..", MANIFEST):
+        raise ManifestMalformed(f"an execution file has the name {str(path)[:80]!r}")
+    return StoredFile(
+        path=path, size_bytes=_count(row["size_bytes"], f"size_bytes of {path}"), sha256=_sha256(row["sha256"], path)
+    )
+
+
+def _object(data: bytes, what: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ManifestMalformed(f"the {what} has a name twice")
+        return values
+
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except InvalidCheckpoint:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ManifestMalformed(f"the {what} is not JSON") from error
+    if not isinstance(values, dict):
+        raise ManifestMalformed(f"the {what} is not a JSON object")
+    return values
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise ManifestMalformed("key must map names to texts")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ManifestMalformed(f"{what} must be a list")
+    return value
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value < _LIMIT:  # True is an int too
+        raise ManifestMalformed(f"{what} is not a count")
+    return value
+
+
+def _sha256(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ManifestMalformed(f"{what}: its sha256 is not 64 hexadecimal digits")
+    return value
