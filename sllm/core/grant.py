@@ -33,9 +33,9 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """`size_bytes` is the partition's length, read in chunks of `chunk_bytes`. `extents`, one behind the other, hold it
-    whole, or `slots` chunks of it. `ready_chunks` is the state at the time of the grant: `chunks` if there is nothing to
-    wait for. `generation` tells this copy from an earlier one of the same content.
+    """`size_bytes` is the partition's length, read in chunks of `chunk_bytes`. `extents`, one behind the other, hold
+    it whole, or `slots` chunks of it. `ready_chunks` is the state at the time of the grant: `chunks` if there is
+    nothing to wait for. `generation` tells this copy from an earlier one of the same content.
     """
 
     digest: str
