@@ -29,12 +29,28 @@ CHECKPOINT = {
         "Without --node and --all, one node with room that can see it takes it.",
     ),
     "list": _checkpoint("list", "List checkpoints and where they are held."),
-    "show": _checkpoint("show", "Show one checkpoint and its copies."),
+    "show": _checkpoint(
+        "show",
+        "Show one checkpoint and its copies.",
+        "With --path, the folder of a converted checkpoint on this machine, with its tensors.",
+    ),
+    "verify": _checkpoint(
+        "verify",
+        "Read copies of a checkpoint and compare them with their hashes.",
+        "A copy that is found damaged is not used any more; adding the checkpoint again replaces it. "
+        "With --path, the folder of a converted checkpoint on this machine; no cluster is needed.",
+    ),
+    "convert": _checkpoint(
+        "convert",
+        "Convert a folder of safetensors on this machine.",
+        "What `sllm.loader.load` reads, and what nodes make by themselves when a checkpoint is added; "
+        "no cluster is needed.",
+    ),
     "remove": _checkpoint("remove", "Remove a checkpoint from nodes."),
 }
 
 COMMANDS = {
-    "checkpoint": Entry(summary="Add, list, show and remove checkpoints.", commands=CHECKPOINT),
+    "checkpoint": Entry(summary="Add, list, show, verify, convert and remove checkpoints.", commands=CHECKPOINT),
     "deploy": _verb(
         "deploy",
         "Serve a checkpoint under a model id.",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DONE = {
     "checkpoint.add": "checkpoint {} added",
     "checkpoint.remove": "checkpoint {} removed",
+    "checkpoint.verify": "checkpoint {} verified",
     "deploy": "{} deployed",
     "delete": "{} deleted",
     "scale": "{} scaled",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sllm.cli.output import Table
@@ -14,6 +15,7 @@ from sllm.core.residency import Residency, ResidencyState, Tier
 
 if TYPE_CHECKING:
     from sllm.core.request import RequestRow
+    from sllm.loader.format import Manifest
     from sllm.rpc.control import CheckpointRow, DeploymentRow, ReplicaRow
 
 NONE = "-"
@@ -165,6 +167,29 @@ def checkpoint_details(row: CheckpointRow) -> tuple[Table, Table]:
     )
     copies = tuple((copy.node, copy.residency.tier.name, copy.residency.state.value) for copy in row.copies)
     return Table(columns=("CHECKPOINT", ""), rows=facts), Table(columns=("NODE", "TIER", "STATE"), rows=copies)
+
+
+def manifest_details(folder: Path, manifest: Manifest) -> tuple[Table, Table]:
+    """A checkpoint's folder on this machine: what it is, and its tensors in load order."""
+    model = manifest.model
+    facts = (
+        ("path", str(folder)),
+        ("digest", manifest.digest),
+        ("layout", manifest.layout),
+        ("size", size_text(manifest.tensor_bytes)),
+        ("partitions", str(len(manifest.partitions))),
+        ("tensors", str(len(manifest.tensors))),
+        ("architecture", model.architecture if model else NONE),
+        ("dtype", manifest.main_dtype),
+        ("source", manifest.source or NONE),
+        ("made", time_text(manifest.created_at) or NONE),
+    )
+    tensors = tuple(
+        (name, each.dtype, "x".join(map(str, each.shape)) or "scalar", size_text(each.size_bytes))
+        for name, each in manifest.tensors.items()
+    )
+    columns = ("TENSOR", "DTYPE", "SHAPE", "SIZE")
+    return Table(columns=("CHECKPOINT", ""), rows=facts), Table(columns=columns, rows=tensors)
 
 
 def requests(rows: Iterable[RequestRow]) -> Table:

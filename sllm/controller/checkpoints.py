@@ -1,4 +1,4 @@
-"""On which nodes a checkpoint is added or removed. Pure."""
+"""On which nodes a checkpoint is added, verified or removed. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sllm.core.node import NodeState
 from sllm.core.residency import Tier
 from sllm.core.snapshot import NodeView, Snapshot
 from sllm.errors import Conflict, InvalidArgument, NotFound, Unavailable
-from sllm.rpc.control import AddCheckpointRequest, RemoveCheckpointRequest
+from sllm.rpc.control import AddCheckpointRequest, RemoveCheckpointRequest, VerifyCheckpointRequest
 
 _HINT = "see `sllm nodes`"
 
@@ -40,30 +40,44 @@ def by_free_space(snapshot: Snapshot) -> list[NodeView]:
 
 def nodes_to_remove(snapshot: Snapshot, request: RemoveCheckpointRequest) -> tuple[NodeName, ...]:
     """The nodes asked for, or all that hold it. Raises NotFound, and Conflict while a deployment needs it."""
-    holders = tuple(sorted(name for name, view in snapshot.nodes.items() if _holds(view, request.name)))
-    for node in request.nodes:
-        if node not in holders:
-            _node(snapshot, node)
-            raise NotFound(
-                f"node {node!r} does not hold checkpoint {request.name!r}", hint="see `sllm checkpoint list`"
-            )
-    if not holders:
-        raise NotFound(f"no node holds checkpoint {request.name!r}", hint="see `sllm checkpoint list`")
+    holders = _holders(snapshot, request.name, request.nodes)
     chosen = request.nodes or holders
     _check_unused(snapshot, request.name, chosen, last=set(chosen) == set(holders))
     return chosen
+
+
+def nodes_to_verify(snapshot: Snapshot, request: VerifyCheckpointRequest) -> tuple[NodeName, ...]:
+    """The nodes asked for, or all that hold it. Raises NotFound."""
+    holders = _holders(snapshot, request.name, request.nodes)
+    return request.nodes or holders
+
+
+def _holders(snapshot: Snapshot, name: str, wanted: Iterable[NodeName]) -> tuple[NodeName, ...]:
+    """All nodes that hold a checkpoint. Raises NotFound if there is none, or one that is wanted is not among them."""
+    holders = tuple(sorted(node for node, view in snapshot.nodes.items() if _holds(view, name)))
+    for node in wanted:
+        if node not in holders:
+            _node(snapshot, node)
+            raise NotFound(f"node {node!r} does not hold checkpoint {name!r}", hint="see `sllm checkpoint list`")
+    if not holders:
+        raise NotFound(f"no node holds checkpoint {name!r}", hint="see `sllm checkpoint list`")
+    return holders
 
 
 def joined(running: Job | None, job: Job) -> Job:
     """The job that does what `job` is to do: it, or the one that runs already. Raises Conflict where they differ."""
     if running is None:
         return job
-    if (running.operation.kind, running.source, set(running.nodes)) == (job.operation.kind, job.source, set(job.nodes)):
+    if _work(running) == _work(job):
         return replace(running, request_ids=running.request_ids + job.request_ids)
     raise Conflict(
         f"{running.operation.kind} of {running.operation.target!r} is under way: {running.id}",
         hint="try again when it is over",
     )
+
+
+def _work(job: Job) -> tuple[object, ...]:
+    return job.operation.kind, job.source, set(job.nodes), job.deep
 
 
 def _check_unused(snapshot: Snapshot, name: str, nodes: Iterable[NodeName], *, last: bool) -> None:

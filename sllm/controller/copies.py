@@ -1,4 +1,4 @@
-"""Adding and removing checkpoints on agents, for an operation. Which nodes, and in which order, is an argument."""
+"""Adding, verifying and removing checkpoints on agents, for an operation. Which nodes, and in which order, is an argument."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sllm.controller.executor import outcome
 from sllm.controller.jobs import Job
 from sllm.core.ids import CheckpointName, NodeName
 from sllm.errors import Conflict, NotFound, OperationFailed, SllmError, error_from
-from sllm.rpc.agents import AddCheckpointCommand, AgentClient, RemoveCheckpointCommand
+from sllm.rpc.agents import AddCheckpointCommand, AgentClient, RemoveCheckpointCommand, VerifyCheckpointCommand
 
 # Another node may do better: the source is not there, or may not be read, or does not fit, or the node is gone.
 _ASK_ANOTHER = frozenset(
@@ -36,12 +36,13 @@ class _Meter:
 
     job: Job
     post: Callable[[object], None]
+    verb: str = "copying to"
     seen: dict[NodeName, tuple[int, int]] = field(default_factory=dict)
 
     def report(self, node: NodeName, done_bytes: int, total_bytes: int) -> None:
         self.seen[node] = (done_bytes, total_bytes)
         done, total = (sum(column) for column in zip(*self.seen.values(), strict=True))
-        phase = f"copying to {', '.join(sorted(self.seen))}"
+        phase = f"{self.verb} {', '.join(sorted(self.seen))}"
         progress = done / total if total else None
         self.post(CopyProgressed(operation=self.job.id, phase=phase, progress=progress))
 
@@ -87,6 +88,24 @@ async def remove(job: Job, holders: Sequence[Holder], epoch: int, post: Callable
     errors = [None if isinstance(error, NotFound) else error for error in outcomes]
     done = tuple((h.node, h.digest) for h, error in zip(holders, errors, strict=True) if error is None)
     post(CopyEnded(operation=job.id, done_on=done, error=_first(holders, errors)))
+
+
+async def verify(job: Job, holders: Sequence[Holder], epoch: int, post: Callable[[object], None]) -> None:
+    """Verify all copies at once; the first that is damaged is the answer."""
+    meter = _Meter(job=job, post=post, verb="reading on")
+    errors = await asyncio.gather(*(outcome(_verify(h, job, epoch, meter)) for h in holders))
+    done = tuple((h.node, h.digest) for h, error in zip(holders, errors, strict=True) if error is None)
+    post(CopyEnded(operation=job.id, done_on=done, error=_first(holders, errors)))
+
+
+async def _verify(holder: Holder, job: Job, epoch: int, meter: _Meter) -> None:
+    command = VerifyCheckpointCommand(epoch=epoch, name=CheckpointName(job.operation.target), deep=job.deep)
+    async with aclosing(cast(Any, holder.client.verify_checkpoint(command))) as stream:
+        async for progress in stream:
+            meter.report(holder.node, progress.done_bytes, progress.total_bytes)
+            if progress.checkpoint is not None:
+                return
+    raise OperationFailed(f"node {holder.node!r} ended the verification without a result")
 
 
 async def _add(

@@ -21,7 +21,7 @@ def begin(world: World, snapshot: Snapshot) -> None:
     if not snapshot.settled:
         return
     for job in world.jobs.running():
-        if not job.started and job.operation.kind in (jobs.ADD, jobs.REMOVE):
+        if not job.started and job.operation.kind in jobs.ON_CHECKPOINTS:
             job = replace(job, started=True)
             world.jobs.put(job)
             _begin(world, snapshot, job)
@@ -37,6 +37,9 @@ def _begin(world: World, snapshot: Snapshot, job: Job) -> None:
     post, epoch = world.executor.post, world.executor.epoch
     if job.operation.kind == jobs.REMOVE:
         world.executor.spawn(copies.remove(job, _holders(world, views, job), epoch, post))
+        return
+    if job.operation.kind == jobs.VERIFY:
+        world.executor.spawn(copies.verify(job, _holders(world, views, job), epoch, post))
         return
     known = snapshot.checkpoints().get(job.operation.target)
     digest = known.digest if known else ""

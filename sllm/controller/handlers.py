@@ -22,7 +22,14 @@ from sllm.core.operation import Operation, OperationState
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.snapshot import Command, DeploymentView, Intent
 from sllm.errors import NotFound
-from sllm.rpc.control import AddCheckpointRequest, DeleteRequest, DeployRequest, RemoveCheckpointRequest, ScaleRequest
+from sllm.rpc.control import (
+    AddCheckpointRequest,
+    DeleteRequest,
+    DeployRequest,
+    RemoveCheckpointRequest,
+    ScaleRequest,
+    VerifyCheckpointRequest,
+)
 from sllm.rpc.nodes import HeartbeatRequest
 from sllm.rpc.routes import ReportLoadRequest
 from sllm.scheduler import autoscale, retry
@@ -44,6 +51,7 @@ class Handlers:
             ScaleRequest: self._scale,
             AddCheckpointRequest: self._add_checkpoint,
             RemoveCheckpointRequest: self._remove_checkpoint,
+            VerifyCheckpointRequest: self._verify_checkpoint,
             CopyProgressed: self._copy_progressed,
             CopyEnded: self._copy_ended,
             Woken: self._woken,
@@ -168,8 +176,15 @@ class Handlers:
         nodes = checkpoints.nodes_to_remove(snapshot, event)
         return await self._copy(self._job(event.request_id, jobs.REMOVE, event.name, nodes=nodes))
 
+    async def _verify_checkpoint(self, event: VerifyCheckpointRequest) -> Operation:
+        if asked := self._asked_before(event.request_id):
+            return asked
+        snapshot = self._world.snapshot(self._world.clock.monotonic())
+        nodes = checkpoints.nodes_to_verify(snapshot, event)
+        return await self._copy(self._job(event.request_id, jobs.VERIFY, event.name, nodes=nodes, deep=event.deep))
+
     async def _copy(self, job: Job) -> Operation:
-        """Begin to add or remove a checkpoint, or join who does the same already. One job at a time has the name."""
+        """Begin to work on a checkpoint's copies, or join who does the same already. One job at a time has the name."""
         job = checkpoints.joined(self._world.jobs.copying(job.operation.target), job)
         await self._commit([], job)
         return job.operation

@@ -16,6 +16,8 @@ DELETE: Final = "delete"
 SCALE: Final = "scale"
 ADD: Final = "checkpoint.add"
 REMOVE: Final = "checkpoint.remove"
+VERIFY: Final = "checkpoint.verify"
+ON_CHECKPOINTS: Final = (ADD, REMOVE, VERIFY)
 
 KEPT_ENDED = 500
 
@@ -24,7 +26,7 @@ KEPT_ENDED = 500
 class Job:
     """An operation and its parameters. `request_ids`, of all who asked for it, make asking twice harmless.
 
-    `nodes` empty: any one that can (add), all that hold it (remove). `done_on` is None while agents still work; then
+    `nodes` empty: any one that can (add). `deep` is how thoroughly a copy is verified. `done_on` is None while agents still work; then
     it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
     """
 
@@ -33,6 +35,7 @@ class Job:
     revision: int = 0
     source: str = ""
     nodes: tuple[NodeName, ...] = ()
+    deep: bool = False
     started: bool = False
     done_on: tuple[tuple[NodeName, str], ...] | None = None
 
@@ -74,8 +77,8 @@ class Jobs:
         return [job for job in self._jobs.values() if job.running]
 
     def copying(self, checkpoint: str) -> Job | None:
-        """The job that adds or removes the checkpoint of this name now, if any."""
-        found = (job for job in self.running() if job.operation.kind in (ADD, REMOVE))
+        """The job that works on the copies of this checkpoint now, if any."""
+        found = (job for job in self.running() if job.operation.kind in ON_CHECKPOINTS)
         return next((job for job in found if job.operation.target == checkpoint), None)
 
     def excess(self) -> list[Job]:

@@ -24,6 +24,8 @@ def judged(job: Job, snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason
         operation = _of_deployment(job, snapshot, reasons)
     elif job.operation.kind == jobs.DELETE:
         operation = _of_delete(job, snapshot)
+    elif job.operation.kind == jobs.VERIFY and job.done_on is not None:
+        operation = _done(job.operation)
     elif job.done_on is not None:
         operation = _of_copies(job, snapshot)
     if operation == job.operation:

@@ -51,6 +51,7 @@ def put_job(job: Job) -> Put:
         "revision": job.revision,
         "source": job.source,
         "nodes": job.nodes,
+        "deep": job.deep,
     }
     return Put(key=OPERATIONS + job.id, value=_packed(fields))
 
@@ -69,6 +70,7 @@ def read_job(value: bytes) -> Job:
         revision=fields["revision"],
         source=fields["source"],
         nodes=tuple(fields["nodes"]),
+        deep=bool(fields.get("deep", False)),
     )
 
 

@@ -26,6 +26,7 @@ from sllm.rpc.control import (
     RemoveCheckpointRequest,
     RequestList,
     ScaleRequest,
+    VerifyCheckpointRequest,
     WatchOperationRequest,
 )
 
@@ -41,6 +42,9 @@ class ControllerControl:
         return await self._operation(request)
 
     async def remove_checkpoint(self, request: RemoveCheckpointRequest) -> Operation:
+        return await self._operation(request)
+
+    async def verify_checkpoint(self, request: VerifyCheckpointRequest) -> Operation:
         return await self._operation(request)
 
     async def deploy(self, request: DeployRequest) -> Operation:

@@ -36,6 +36,16 @@ class AgentRemoveCheckpointRequest(_message.Message):
     name: str
     def __init__(self, epoch: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
+class AgentVerifyCheckpointRequest(_message.Message):
+    __slots__ = ("epoch", "name", "deep")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DEEP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    name: str
+    deep: bool
+    def __init__(self, epoch: _Optional[int] = ..., name: _Optional[str] = ..., deep: bool = ...) -> None: ...
+
 class StartReplicaRequest(_message.Message):
     __slots__ = ("epoch", "spec")
     EPOCH_FIELD_NUMBER: _ClassVar[int]

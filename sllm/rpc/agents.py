@@ -41,6 +41,15 @@ class RemoveCheckpointCommand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyCheckpointCommand:
+    """`deep`: the sha256 of all bytes, not only the hash of each chunk. A damaged copy is used no more."""
+
+    epoch: int
+    name: CheckpointName
+    deep: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartReplicaCommand:
     """Answered when the agent has leased the devices; how the start goes on is in its reports."""
 
@@ -76,6 +85,10 @@ class AgentService(Protocol):
 
     def add_checkpoint(self, request: AddCheckpointCommand) -> AsyncIterator[AddProgress]: ...
     async def remove_checkpoint(self, request: RemoveCheckpointCommand) -> Empty: ...
+    def verify_checkpoint(self, request: VerifyCheckpointCommand) -> AsyncIterator[AddProgress]:
+        """Raises the InvalidCheckpoint that says what is wrong with the copy."""
+        ...
+
     async def start_replica(self, request: StartReplicaCommand) -> Empty: ...
     async def stop_replica(self, request: StopReplicaCommand) -> Empty: ...
     def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
@@ -93,6 +106,9 @@ ADD_CHECKPOINT = Method(
 REMOVE_CHECKPOINT = Method(
     "RemoveCheckpoint", RemoveCheckpointCommand, _m.AgentRemoveCheckpointRequest, Empty, _c.Empty
 )
+VERIFY_CHECKPOINT = Method(
+    "VerifyCheckpoint", VerifyCheckpointCommand, _m.AgentVerifyCheckpointRequest, AddProgress, _m.AddProgress, "stream"
+)
 START_REPLICA = Method("StartReplica", StartReplicaCommand, _m.StartReplicaRequest, Empty, _c.Empty)
 STOP_REPLICA = Method("StopReplica", StopReplicaCommand, _m.StopReplicaRequest, Empty, _c.Empty)
 GET_EXECUTION_FILES = Method(
@@ -104,7 +120,15 @@ GET_EXECUTION_FILES = Method(
     "stream",
 )
 READ_LOGS = Method("ReadLogs", AgentReadLogsRequest, _m.AgentReadLogsRequest, LogChunk, _c.LogChunk, "stream")
-METHODS = (ADD_CHECKPOINT, REMOVE_CHECKPOINT, START_REPLICA, STOP_REPLICA, GET_EXECUTION_FILES, READ_LOGS)
+METHODS = (
+    ADD_CHECKPOINT,
+    REMOVE_CHECKPOINT,
+    VERIFY_CHECKPOINT,
+    START_REPLICA,
+    STOP_REPLICA,
+    GET_EXECUTION_FILES,
+    READ_LOGS,
+)
 
 
 def handlers(implementation: AgentService) -> Handlers:
@@ -137,6 +161,11 @@ class AgentClient(Client):
 
     async def remove_checkpoint(self, request: RemoveCheckpointCommand) -> Empty:
         return await self._unary(REMOVE_CHECKPOINT, request)
+
+    async def verify_checkpoint(self, request: VerifyCheckpointCommand) -> AsyncIterator[AddProgress]:
+        async with aclosing(self._stream(VERIFY_CHECKPOINT, request)) as stream:
+            async for progress in stream:
+                yield progress
 
     async def start_replica(self, request: StartReplicaCommand) -> Empty:
         return await self._unary(START_REPLICA, request)

@@ -67,6 +67,16 @@ class RemoveCheckpointRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyCheckpointRequest:
+    """No `nodes`: every copy. `deep`: the sha256 of all bytes, not only the hash of each chunk."""
+
+    request_id: str
+    name: CheckpointName
+    nodes: tuple[NodeName, ...] = ()
+    deep: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeployRequest:
     request_id: str
     spec: DeploymentSpec
@@ -140,6 +150,7 @@ class ControlService(Protocol):
     async def add_checkpoint(self, request: AddCheckpointRequest) -> Operation: ...
     async def list_checkpoints(self, request: Empty) -> CheckpointList: ...
     async def remove_checkpoint(self, request: RemoveCheckpointRequest) -> Operation: ...
+    async def verify_checkpoint(self, request: VerifyCheckpointRequest) -> Operation: ...
     async def deploy(self, request: DeployRequest) -> Operation: ...
     async def delete(self, request: DeleteRequest) -> Operation: ...
     async def scale(self, request: ScaleRequest) -> Operation: ...
@@ -156,6 +167,9 @@ LIST_CHECKPOINTS = Method("ListCheckpoints", Empty, _c.Empty, CheckpointList, _m
 REMOVE_CHECKPOINT = Method(
     "RemoveCheckpoint", RemoveCheckpointRequest, _m.RemoveCheckpointRequest, Operation, _c.Operation
 )
+VERIFY_CHECKPOINT = Method(
+    "VerifyCheckpoint", VerifyCheckpointRequest, _m.VerifyCheckpointRequest, Operation, _c.Operation
+)
 DEPLOY = Method("Deploy", DeployRequest, _m.DeployRequest, Operation, _c.Operation)
 DELETE = Method("Delete", DeleteRequest, _m.DeleteRequest, Operation, _c.Operation)
 SCALE = Method("Scale", ScaleRequest, _m.ScaleRequest, Operation, _c.Operation)
@@ -169,6 +183,7 @@ METHODS = (
     ADD_CHECKPOINT,
     LIST_CHECKPOINTS,
     REMOVE_CHECKPOINT,
+    VERIFY_CHECKPOINT,
     DEPLOY,
     DELETE,
     SCALE,
@@ -197,6 +212,9 @@ class ControlClient(Client):
 
     async def remove_checkpoint(self, request: RemoveCheckpointRequest) -> Operation:
         return await self._unary(REMOVE_CHECKPOINT, request)
+
+    async def verify_checkpoint(self, request: VerifyCheckpointRequest) -> Operation:
+        return await self._unary(VERIFY_CHECKPOINT, request)
 
     async def deploy(self, request: DeployRequest) -> Operation:
         return await self._unary(DEPLOY, request)

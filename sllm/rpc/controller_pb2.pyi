@@ -53,6 +53,18 @@ class RemoveCheckpointRequest(_message.Message):
     nodes: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class VerifyCheckpointRequest(_message.Message):
+    __slots__ = ("request_id", "name", "nodes", "deep")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    DEEP_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    name: str
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    deep: bool
+    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ..., deep: bool = ...) -> None: ...
+
 class DeployRequest(_message.Message):
     __slots__ = ("request_id", "spec")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

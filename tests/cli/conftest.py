@@ -165,6 +165,9 @@ class FakeControl:
     async def remove_checkpoint(self, request: control.RemoveCheckpointRequest) -> Operation:
         return self._begin("checkpoint.remove", request.name, request)
 
+    async def verify_checkpoint(self, request: control.VerifyCheckpointRequest) -> Operation:
+        return self._begin("checkpoint.verify", request.name, request)
+
     async def deploy(self, request: control.DeployRequest) -> Operation:
         return self._begin("deploy", request.spec.name, request)
 

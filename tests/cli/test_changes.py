@@ -18,6 +18,7 @@ from sllm.rpc import control
 CHANGES = {
     "checkpoint.add": ["checkpoint", "add", "demo-model", "/models/demo"],
     "checkpoint.remove": ["checkpoint", "remove", "demo-model"],
+    "checkpoint.verify": ["checkpoint", "verify", "demo-model"],
     "deploy": ["deploy", "org/demo", "--checkpoint", "demo-model"],
     "delete": ["delete", "org/demo"],
     "scale": ["scale", "org/demo", "--replicas", "1"],
@@ -29,7 +30,7 @@ each_change = pytest.mark.parametrize(("kind", "command"), CHANGES.items(), ids=
 def test_waits_until_it_is_done_and_says_so(ask, controller, kind, command):
     answer = ask(*command)
     assert answer.code == 0
-    assert answer.out.rstrip().endswith(("added", "removed", "deployed", "deleted", "scaled"))
+    assert answer.out.rstrip().endswith(("added", "removed", "verified", "deployed", "deleted", "scaled"))
     assert controller.asked[1:] == [control.WatchOperationRequest(id="op-77aa")]
 
 

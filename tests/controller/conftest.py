@@ -36,6 +36,7 @@ from sllm.rpc.agents import (
     RemoveCheckpointCommand,
     StartReplicaCommand,
     StopReplicaCommand,
+    VerifyCheckpointCommand,
 )
 from sllm.rpc.control import (
     ControlClient,
@@ -63,7 +64,7 @@ class FakeAgent:
     """Answers commands and reports, as a test tells it to.
 
     `held`: starts go no further than a test says (`finish`); `refusal`: what the next start is answered with;
-    `breaks`: (error, reason) that starts end with; `silent`: no heartbeat is sent; `sources`: what can be added.
+    `breaks`: (error, reason) that starts end with; `damage`: what a verification finds; `silent`: no heartbeat is sent; `sources`: what can be added.
     """
 
     def __init__(self, name: str, *, devices: int = 1, checkpoints: tuple[str, ...] = ("m",), port: int = 0) -> None:
@@ -83,6 +84,9 @@ class FakeAgent:
         self.free_bytes = 100 * GIB
         self.add_goes_on = asyncio.Event()
         self.add_goes_on.set()
+        self.verify_goes_on = asyncio.Event()
+        self.verify_goes_on.set()
+        self.damage: SllmError | None = None
         self._server: Any = None
         self._client: NodeClient | None = None
         self._reports: set[asyncio.Task[Any]] = set()
@@ -239,6 +243,14 @@ class FakeAgent:
         del self.checkpoints[request.name]
         self.changed()
         return Empty()
+
+    async def verify_checkpoint(self, request: VerifyCheckpointCommand) -> AsyncIterator[AddProgress]:
+        self._heard(request)
+        yield AddProgress(done_bytes=500, total_bytes=1000)
+        await self.verify_goes_on.wait()
+        if self.damage:
+            raise self.damage
+        yield AddProgress(done_bytes=1000, total_bytes=1000, checkpoint=self.checkpoints[request.name])
 
     async def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[Any]:
         raise NotFound("none")

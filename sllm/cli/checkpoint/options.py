@@ -1,0 +1,26 @@
+"""A checkpoint on the command line: one of the cluster, by its name, or one of this machine, by its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sllm.errors import InvalidArgument
+
+OptionalCheckpointArgument = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="Name of the checkpoint.", show_default=False)
+]
+PathOption = Annotated[
+    Path | None, typer.Option("--path", metavar="FOLDER", help="A converted checkpoint on this machine instead.")
+]
+
+
+def one_of(name: str | None, path: Path | None) -> str | Path:
+    """Return the one that was given. Raises InvalidArgument."""
+    if name is not None and path is None:
+        return name
+    if path is not None and name is None:
+        return path
+    raise InvalidArgument("name a checkpoint, or give its --path", hint="one of the two, not both")
