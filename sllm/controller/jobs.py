@@ -26,8 +26,8 @@ KEPT_ENDED = 500
 class Job:
     """An operation and its parameters. `request_ids`, of all who asked for it, make asking twice harmless.
 
-    `nodes` empty: any one that can (add). `deep` is how thoroughly a copy is verified. `done_on` is None while agents still work; then
-    it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
+    `nodes` empty: any one that can (add). `deep` is how thoroughly a copy is verified. `done_on` is None while agents
+    still work; then it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
     """
 
     operation: Operation

@@ -64,7 +64,8 @@ class FakeAgent:
     """Answers commands and reports, as a test tells it to.
 
     `held`: starts go no further than a test says (`finish`); `refusal`: what the next start is answered with;
-    `breaks`: (error, reason) that starts end with; `damage`: what a verification finds; `silent`: no heartbeat is sent; `sources`: what can be added.
+    `breaks`: (error, reason) that starts end with; `damage`: what a verification finds; `silent`: no heartbeat is
+    sent; `sources`: what can be added.
     """
 
     def __init__(self, name: str, *, devices: int = 1, checkpoints: tuple[str, ...] = ("m",), port: int = 0) -> None:
