@@ -1,4 +1,4 @@
-"""Adding, verifying and removing checkpoints on agents, Which nodes, in which order, are arguments."""
+"""Adding, verifying and removing checkpoints on agents. Which nodes, in which order, are arguments."""
 
 from __future__ import annotations
 
