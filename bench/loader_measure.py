@@ -1,0 +1,144 @@
+"""One measurement: a forked process, memory made cheap first, a clock that stops when every page was touched.
+
+What makes naive figures worthless, and the remedy that is taken here:
+
+- What a loader leaves in its process (pages, threads, caches) helps the next one: each measurement has its own fork.
+- Memory that was not used for a while is dear in a virtual machine (the host took it back: up to 2.4 s per GB) and
+  cheap just after somebody freed it: more than is needed is touched and freed before each measurement.
+- A loader that maps a file has read nothing yet: every page of every tensor is touched before the clock stops.
+- A loader that returns the wrong bytes is fast: contents are hashed, after the clock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickle
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import xxhash
+from loader_checkpoints import Tensors
+
+PAGE_BYTES = 4096
+PREWARM = 2.2  # of the checkpoint's size
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """`cpu_s` counts all threads of the process; `digest` names the content; `extra` is the case's own, in seconds."""
+
+    seconds: float
+    cpu_s: float
+    digest: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class MeasurementFailed(Exception):
+    """The measured process failed; the text says how."""
+
+
+def in_fork(work: Callable[[], T]) -> T:
+    """Return what `work` returns in a forked process. Raises MeasurementFailed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _run_and_leave(work, writer)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if not answer:
+        raise MeasurementFailed(f"the process ended with status {status}")
+    done, value = pickle.loads(answer)
+    if not done:
+        raise MeasurementFailed(value)
+    result: T = value
+    return result
+
+
+def _run_and_leave(work: Callable[[], Any], writer: int) -> None:
+    try:
+        answer: tuple[bool, Any] = (True, work())
+    except BaseException as error:  # whatever it is, the parent says it
+        answer = (False, f"{type(error).__name__}: {error}")
+    with open(writer, "wb") as pipe:
+        pipe.write(pickle.dumps(answer))
+    os._exit(0)  # no finalizers: some peers' take seconds
+
+
+def timed(load: Callable[[], Tensors]) -> Sample:
+    """Measure one load, in this process."""
+    before = _cpu_s()
+    started = time.perf_counter()
+    tensors = load()
+    touch(tensors)
+    seconds = time.perf_counter() - started
+    return Sample(seconds=seconds, cpu_s=_cpu_s() - before, digest=digest(tensors))
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def touch(tensors: Tensors) -> int:
+    """Read one byte of every page that holds a part of a tensor; return their sum. All tensors are contiguous.
+
+    Neighbours are read in one go, so that a loader is not charged for a Python loop of the bench.
+    """
+    spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values() if tensor.nbytes)
+    return sum(int(_memory(start, end)[::PAGE_BYTES].sum()) for start, end in _merged(spans))
+
+
+def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the page-aligned stretches that the spans cover without a whole page between them."""
+    first, last = spans[0][0] // PAGE_BYTES, (sum(spans[0]) - 1) // PAGE_BYTES
+    for start, size in spans[1:]:
+        if start // PAGE_BYTES > last + 1:
+            yield first * PAGE_BYTES, (last + 1) * PAGE_BYTES
+            first = start // PAGE_BYTES
+        last = max(last, (start + size - 1) // PAGE_BYTES)
+    yield first * PAGE_BYTES, (last + 1) * PAGE_BYTES
+
+
+def _memory(start: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    pointer = ctypes.cast(start, ctypes.POINTER(ctypes.c_uint8))
+    return np.ctypeslib.as_array(pointer, shape=(end - start,))
+
+
+def digest(tensors: Tensors) -> str:
+    """Return the xxh3-128 of names, dtypes, shapes and bytes, whatever order they came in."""
+    content = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return content.hexdigest()
+
+
+def prewarm(size_bytes: int) -> None:
+    """Touch and free memory, so that whoever allocates next does not pay for the host's having taken it back."""
+    with mmap.mmap(-1, max(PAGE_BYTES, int(size_bytes * PREWARM)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(area, np.uint8)[::PAGE_BYTES] = 1
+
+
+def drop_cache(folder: Path) -> None:
+    """Drop the page cache of every file below a folder."""
+    os.sync()  # what is dirty would stay
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)

@@ -1,0 +1,152 @@
+"""The loaders that are compared, all doing the same work: a checkpoint on disk -> a dictionary of tensors.
+
+Peers live in an environment of their own (`make bench-loader` makes it from bench/peers.txt); one that is not installed
+is left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loader_checkpoints import Tensors
+
+Load = Callable[[], Tensors]
+POOL_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """`prepare` takes a checkpoint's folder, does what is not on the clock, and returns the load. `package` is what
+    must be installed, `format` which of the formats it reads."""
+
+    name: str
+    package: str
+    format: str
+    prepare: Callable[[Path], Load]
+    ours: bool = False
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.package.replace("-", "_")) is not None
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version(self.package)
+
+
+# --- peers ----------------------------------------------------------------------------------
+
+
+def torch_load(folder: Path) -> Load:
+    def load() -> Tensors:
+        tensors: Tensors = {}
+        for file in sorted(folder.glob("*.bin")):
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+        return tensors
+
+    return load
+
+
+def load_file(folder: Path) -> Load:
+    import safetensors.torch
+
+    def load() -> Tensors:
+        tensors: Tensors = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors |= safetensors.torch.load_file(file)
+        return tensors
+
+    return load
+
+
+def runai(strategy: str) -> Callable[[Path], Load]:
+    """`strategy` is Run:ai's own word for how it reads; its default is `auto`."""
+
+    def prepare(folder: Path) -> Load:
+        os.environ["RUNAI_STREAMER_FS_STRATEGY"] = strategy
+        from runai_model_streamer import SafetensorsStreamer
+
+        def load() -> Tensors:
+            with SafetensorsStreamer() as streamer:
+                streamer.stream_files([str(file) for file in sorted(folder.glob("*.safetensors"))])
+                return dict(streamer.get_tensors())
+
+        return load
+
+    return prepare
+
+
+def fastsafetensors(folder: Path) -> Load:
+    from fastsafetensors import SafeTensorsFileLoader
+
+    def load() -> Tensors:
+        loader = SafeTensorsFileLoader(None, "cpu", nogds=True)
+        loader.add_filenames({0: [str(file) for file in sorted(folder.glob("*.safetensors"))]})
+        buffers = loader.copy_files_to_device()
+        return {name: buffers.get_tensor(name) for name in loader.get_keys()}
+
+    return load
+
+
+def tensorizer(folder: Path) -> Load:
+    from tensorizer import TensorDeserializer
+
+    def load() -> Tensors:
+        return dict(TensorDeserializer(str(folder / "model.tensors"), device="cpu", num_readers=4).items())
+
+    return load
+
+
+# --- ours -----------------------------------------------------------------------------------
+
+
+def pooled(*, verify: bool) -> Callable[[Path], Load]:
+    """Into a pool that was made before the clock, as a server's is."""
+
+    def prepare(folder: Path) -> Load:
+        import sllm.loader
+
+        pool = sllm.loader.Pool(pool_bytes(folder))
+        return lambda: sllm.loader.load(folder, verify=verify, pool=pool)
+
+    return prepare
+
+
+def fresh(folder: Path) -> Load:
+    """Into memory that the load itself asks for, as all peers do."""
+    import sllm.loader
+
+    return lambda: sllm.loader.load(folder)
+
+
+def partitions(folder: Path) -> list[Path]:
+    return sorted(folder.glob("partition-*.bin"))
+
+
+def pool_bytes(folder: Path) -> int:
+    """Return the size of a pool that holds the checkpoint: every partition in whole chunks."""
+    return sum(-(-file.stat().st_size // POOL_CHUNK_BYTES) * POOL_CHUNK_BYTES for file in partitions(folder))
+
+
+TORCH = Loader(name="torch.load", package="torch", format="torch", prepare=torch_load)
+LOAD_FILE = Loader(name="safetensors load_file", package="safetensors", format="safetensors", prepare=load_file)
+RUNAI = Loader(name="Run:ai", package="runai-model-streamer", format="safetensors", prepare=runai("auto"))
+RUNAI_DIRECT = Loader(
+    name="Run:ai, direct", package="runai-model-streamer", format="safetensors", prepare=runai("io_uring_direct")
+)
+FAST = Loader(name="fastsafetensors", package="fastsafetensors", format="safetensors", prepare=fastsafetensors)
+TENSORIZER = Loader(name="tensorizer", package="tensorizer", format="tensorizer", prepare=tensorizer)
+POOL = Loader(name="sllm, pool", package="sllm", format="sllm", prepare=pooled(verify=True), ours=True)
+UNVERIFIED = Loader(
+    name="sllm, pool, no checksums", package="sllm", format="sllm", prepare=pooled(verify=False), ours=True
+)
+FRESH = Loader(name="sllm, fresh memory", package="sllm", format="sllm", prepare=fresh, ours=True)
+
+PEERS = (TORCH, LOAD_FILE, RUNAI, RUNAI_DIRECT, FAST, TENSORIZER)
+OURS = (POOL, UNVERIFIED, FRESH)
