@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sllm.errors import InvalidCheckpoint
+from sllm.loader.format import ModelFacts
 from sllm.loader.safetensors import StoredTensor
 
 CONFIG = "config.json"
@@ -23,12 +23,6 @@ _LENGTH_KEYS = (
     "max_target_positions",
     "n_ctx",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    architecture: str
-    max_model_len: int
 
 
 def model_facts(config: bytes) -> ModelFacts:

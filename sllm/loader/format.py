@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from operator import add
@@ -151,6 +151,15 @@ def chunk_bytes_for(size_bytes: int) -> int:
 def alignment_of(size_bytes: int) -> int:
     """Return what the offset of a tensor of this size is a multiple of."""
     return PAGE_BYTES if size_bytes >= LARGE_BYTES else PACKED_BYTES
+
+
+def place(sizes: Iterable[int]) -> tuple[tuple[int, ...], int]:
+    """Return where tensors of these sizes (bytes, in load order) begin in a partition, and the partition's length."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(round_up(end, alignment_of(size)))
+        end = offsets[-1] + size
+    return tuple(offsets), round_up(end, PAGE_BYTES)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -9,24 +9,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sllm.errors import InvalidArgument, InvalidCheckpoint, NotFound, SllmError
 from sllm.loader.facts import (
     CONFIG,
-    ModelFacts,
     check_shards_present,
     check_tensors_present,
     model_facts,
     shards_in_index,
 )
+from sllm.loader.format import MANIFEST, ModelFacts
 from sllm.loader.safetensors import LENGTH_BYTES, StoredTensor, header_bytes, parse
 
 _OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing of the file
 INDEX = "model.safetensors.index.json"
-MANIFEST = "checkpoint.json"
 MAX_EXECUTION_FILE_BYTES = 64 << 20
 _PICKLE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 # Weights in other forms, and code: neither is needed to serve the safetensors beside them.
@@ -44,9 +43,9 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A folder that was found to be in order."""
+    """A folder that was found to be in order. `facts` is None if it need not have a config.json and has none."""
 
-    facts: ModelFacts
+    facts: ModelFacts | None
     shards: tuple[SourceFile, ...]
     execution_files: tuple[SourceFile, ...]
     tensors: tuple[StoredTensor, ...]
@@ -87,21 +86,34 @@ def _boundary(folder: Path, roots: Sequence[Path]) -> Path:
     return repository if in_cache and _within(repository, roots) else folder
 
 
-def examine(folder: Path, roots: Sequence[Path] = ()) -> Source:
+def examine(folder: Path, roots: Sequence[Path] = (), *, need_config: bool = True) -> Source:
     """Check a folder completely, all but the tensors' values. Raises InvalidCheckpoint, UnsupportedCheckpoint."""
     files = _files(folder, _boundary(folder, roots))
-    if CONFIG not in files:
+    if need_config and CONFIG not in files:
         raise InvalidCheckpoint(f"{folder} has no {CONFIG}", hint="is this a Hugging Face model folder?")
-    facts = model_facts(read_small(files[CONFIG]))
+    facts = _facts(files, need_config)
     shards, weight_map = _shards(files, folder)
     tensors = tuple(tensor for shard in shards for tensor in read_tensors(shard))
     check_tensors_present(weight_map, tensors)
     if not tensors:
         raise InvalidCheckpoint(f"{folder} holds no tensors")
-    execution = tuple(file for name, file in sorted(files.items()) if not name.endswith(".safetensors"))
+    # The index tells of shards, which a checkpoint does not have.
+    rest = (file for name, file in sorted(files.items()) if not name.endswith(".safetensors") and name != INDEX)
+    execution = tuple(rest)
     for file in execution:
         _check_small(file)
     return Source(facts=facts, shards=shards, execution_files=execution, tensors=tensors)
+
+
+def _facts(files: Mapping[str, SourceFile], need_config: bool) -> ModelFacts | None:
+    if CONFIG not in files:
+        return None
+    try:
+        return model_facts(read_small(files[CONFIG]))
+    except InvalidCheckpoint:
+        if need_config:
+            raise
+        return None  # a configuration of something else, a library's own say
 
 
 def read_tensors(shard: SourceFile) -> tuple[StoredTensor, ...]:

@@ -1,0 +1,178 @@
+"""A folder that is written beside its destination and takes its place in one step. Blocking.
+
+A crash at any point leaves the destination as it was, or as it was meant to be. What it leaves beside it is a folder
+`.tmp-<12 hexadecimal digits>` that nobody holds a flock on: the next writer there, or the store at its start, removes
+it. A destination that exists is exchanged for the new folder and then deleted; readers that have its files open keep
+them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from sllm.errors import Conflict, InvalidCheckpoint, NotFound
+from sllm.failpoints import failpoint
+from sllm.loader.folder import read_manifest
+from sllm.loader.format import MANIFEST
+
+_TMP = re.compile(r"\.tmp-[0-9a-f]{12}")
+_OURS = re.compile(r"manifest\.json|partition-[0-9]{3}\.bin")
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class WorkFolder:
+    """Made with its lock held, in the folder of `destination`. End it by `publish` or `discard`, then `close`.
+
+    Raises NotFound if there is no such folder, Conflict if the destination is there and no checkpoint, OSError.
+    """
+
+    def __init__(self, destination: Path) -> None:
+        # A link to a checkpoint stays; what it leads to is replaced.
+        self.destination = Path(os.path.realpath(destination))
+        if not self.destination.parent.is_dir():
+            raise NotFound(f"folder {self.destination.parent} is not there")
+        check_replaceable(self.destination)
+        remove_leftovers(self.destination.parent)
+        self.path, self._lock = _make_locked(self.destination.parent)
+        failpoint("write-begun")
+
+    def publish(self) -> None:
+        """Give the folder its destination's name, durably, and delete what had it. Raises Conflict, OSError."""
+        os.fsync(self._lock)
+        failpoint("write-synced")
+        replaced = _take_place(self.path, self.destination)
+        failpoint("write-renamed")
+        flush_folder(self.destination.parent)
+        if replaced:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Delete the folder, if it was not published."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        os.close(self._lock)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete the work folders in `parent` whose writers are gone. What cannot be deleted stays."""
+    for entry in list(os.scandir(parent)):
+        if _TMP.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            _remove_if_left(Path(entry.path))
+
+
+def temporary_name(parent: Path) -> Path:
+    """Return a name in `parent` for what is to be deleted: after a crash it is a leftover."""
+    return parent / f".tmp-{secrets.token_hex(6)}"
+
+
+def check_replaceable(destination: Path) -> None:
+    """Raise Conflict if something is there that is not ours to delete: a file, or a folder with more than a
+    checkpoint in it."""
+    try:
+        names = set(os.listdir(destination))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise Conflict(f"{destination} is there, and is no folder") from error
+    alien = sorted(name for name in names - _execution_files(destination) if not _OURS.fullmatch(name))
+    if alien or (names and MANIFEST not in names):
+        what = f"it has {alien[0]!r}" if alien else f"it has no {MANIFEST}"
+        raise Conflict(
+            f"{destination} is there, and is not only a checkpoint: {what}", hint="choose another name, or remove it"
+        )
+
+
+def flush_folder(path: Path) -> None:
+    """Flush a folder's entries (a rename into it, say) to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _execution_files(folder: Path) -> set[str]:
+    try:
+        return {file.path for file in read_manifest(folder).execution_files}
+    except InvalidCheckpoint:
+        return set()
+
+
+def _make_locked(parent: Path) -> tuple[Path, int]:
+    """Return a new folder and the descriptor that holds its lock."""
+    while True:
+        path = temporary_name(parent)
+        path.mkdir()
+        fd = _locked(path)
+        if fd is not None:
+            return path, fd
+        # Another writer took it for a leftover before we had the lock.
+
+
+def _remove_if_left(path: Path) -> None:
+    fd = _locked(path)
+    if fd is not None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(fd)
+
+
+def _locked(path: Path) -> int | None:
+    """Return a descriptor with the lock of the folder at `path`; None if another has it, or the folder has gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else it was published while we waited
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def _take_place(path: Path, destination: Path) -> Path | None:
+    """Rename; return where what had the name is now."""
+    while True:
+        try:
+            _rename(path, destination, _RENAME_NOREPLACE)
+            return None
+        except FileExistsError:
+            check_replaceable(destination)
+        try:
+            _rename(path, destination, _RENAME_EXCHANGE)
+            return path
+        except FileNotFoundError:
+            continue  # it was removed just now
+
+
+def _rename(path: Path, destination: Path, flags: int) -> None:
+    """renameat2(2). Where the file system lacks it, what is in the way is moved first: the one case in which a crash
+    can leave the name free."""
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(destination), flags) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(destination))
+    if flags == _RENAME_NOREPLACE and destination.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
+    if flags == _RENAME_EXCHANGE:
+        aside = temporary_name(path.parent)
+        os.rename(destination, aside)
+        os.rename(path, destination)
+        os.rename(aside, path)
+        return
+    os.rename(path, destination)
