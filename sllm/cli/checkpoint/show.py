@@ -46,7 +46,7 @@ def _show_in_cluster(name: str, where: Where) -> None:
 
 def _show_here(folder: Path, output: Format) -> None:
     from sllm.cli.checkpoint.local import manifest_object, tensor_objects
-    from sllm.loader.verifying import read_manifest
+    from sllm.loader.folder import read_manifest
 
     manifest = read_manifest(folder)
     data = {**manifest_object(folder, manifest), "tensors": tensor_objects(manifest)}

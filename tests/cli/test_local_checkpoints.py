@@ -1,0 +1,92 @@
+"""`sllm checkpoint convert`, and `show` and `verify` with --path: no cluster, no controller, no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo-model"
+
+
+@pytest.fixture
+def converted(ask, tmp_path):
+    folder = tmp_path / "made"
+    assert ask("checkpoint", "convert", str(DEMO), str(folder)).code == 0
+    return folder
+
+
+def test_a_folder_is_converted_with_progress_on_stderr(ask, tmp_path):
+    answer = ask("checkpoint", "convert", str(DEMO), str(tmp_path / "made"))
+    assert answer.out == f"{tmp_path / 'made'}: 38 tensors, 7.0 MiB\n"
+    assert "convert demo-model: copying 100%" in answer.err
+
+
+def test_as_json_it_says_what_was_made(ask, tmp_path):
+    data = ask("checkpoint", "convert", str(DEMO), str(tmp_path / "made"), "-o", "json").json
+    assert data["layout"] == "hf"
+    assert data["architecture"] == "LlamaForCausalLM"
+    assert data["digest"].startswith("sha256:")
+    assert "config.json" in data["execution_files"]
+
+
+def test_converting_again_gives_the_same_digest(ask, converted, tmp_path):
+    again = ask("checkpoint", "convert", str(DEMO), str(tmp_path / "again"), "-o", "json").json
+    assert ask("checkpoint", "show", "--path", str(converted), "-o", "json").json["digest"] == again["digest"]
+
+
+def test_show_lists_the_tensors_in_load_order(ask, converted):
+    data = ask("checkpoint", "show", "--path", str(converted), "-o", "json").json
+    offsets = [tensor["offset"] for tensor in data["tensors"]]
+    assert len(offsets) == data["tensor_count"]
+    assert offsets == sorted(offsets)
+    names = ask("checkpoint", "show", "--path", str(converted), "-o", "name").out.splitlines()
+    assert names == [tensor["name"] for tensor in data["tensors"]]
+    assert "bfloat16" in ask("checkpoint", "show", "--path", str(converted)).out
+
+
+@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["chunks", "deep"])
+def test_verify_finds_a_flipped_bit_and_names_the_chunk(ask, converted, depth):
+    assert ask("checkpoint", "verify", "--path", str(converted), *depth).out == f"{converted}: in order\n"
+    partition = converted / "partition-000.bin"
+    content = bytearray(partition.read_bytes())
+    content[3 << 20] ^= 1
+    partition.write_bytes(content)
+    answer = ask("checkpoint", "verify", "--path", str(converted), *depth)
+    assert answer.code == 2
+    assert "chunk 3 of" in answer.err
+    assert "hint:" in answer.err
+
+
+def test_a_source_that_is_no_model_is_refused_and_nothing_is_made(ask, tmp_path):
+    (tmp_path / "empty").mkdir()
+    answer = ask("checkpoint", "convert", str(tmp_path / "empty"), str(tmp_path / "made"))
+    assert answer.code == 2
+    assert "no safetensors" in answer.err
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("verb", ["show", "verify"])
+def test_a_name_and_a_path_exclude_each_other(ask, verb):
+    for arguments in ([], ["demo", "--path", "/somewhere"]):
+        answer = ask("checkpoint", verb, *arguments)
+        assert answer.code == 2
+        assert "--path" in answer.err
+
+
+def test_verify_in_the_cluster_says_which_nodes_and_how_thoroughly(ask, controller):
+    ask("checkpoint", "verify", "m", "--node", "n1", "--deep")
+    request = controller.asked[0]
+    assert (request.name, request.nodes, request.deep) == ("m", ("n1",), True)
+
+
+def test_converting_needs_neither_torch_nor_grpc(tmp_path):
+    program = (
+        "import sys; from sllm.cli.app import run; "
+        f"code = run(['checkpoint', 'convert', {str(DEMO)!r}, {str(tmp_path / 'made')!r}]); "
+        "print(code, sorted({'torch', 'grpc', 'vllm'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "0 []"
