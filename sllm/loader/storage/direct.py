@@ -46,7 +46,7 @@ class DirectFile:
 
     def __init__(self, path: str | os.PathLike[str], size_bytes: int, *, dir_fd: int | None = None) -> None:
         """Open it. Raises PartitionMissing, PartitionTruncated if it has not `size_bytes`, CheckpointUnreadable."""
-        self.name = os.path.basename(os.fspath(path))
+        self.name = os.fspath(path)
         self.size_bytes = size_bytes
         with contextlib.ExitStack() as undo:
             self._buffered = self._open(path, 0, dir_fd)
@@ -197,6 +197,13 @@ class ChunkReader:
         finally:
             del error  # its traceback has this frame: the cycle would keep `place`, and the memory behind it
 
+    def wait_for(self, chunks: int) -> bool:
+        """Return True once the first `chunks` chunks are ready, False if they never will be (`wait` says why)."""
+        with self._changed:
+            while self._ready < chunks and self._error is None:
+                self._changed.wait()
+            return self._ready >= chunks
+
     def taken(self, chunks: int) -> None:
         """Say that the first `chunks` chunks are no longer needed: their slots may be read into."""
         with self._changed:
@@ -291,4 +298,5 @@ class ChunkReader:
                 self._beyond.discard(self._ready)
                 self._ready += 1
             if self._ready > before and self._error is None:
+                self._changed.notify_all()
                 self._on_ready(self._ready)

@@ -1,0 +1,155 @@
+"""SSD -> memory -> device: the tiers work at once, a bounded number of chunks in each.
+
+Threads read and verify chunks (storage/direct.py). For a device one more thread copies chunk i out while chunk i + 1 is
+being read: through a ring, so that staging memory is small, and a checkpoint larger than it streams through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from sllm.errors import SllmError
+from sllm.loader.memory.base import DeviceCopier
+from sllm.loader.plan import Part, Plan
+from sllm.loader.storage.base import Source
+from sllm.loader.storage.direct import THREADS, ChunkReader
+
+COPIES_UNDER_WAY = 4  # per device: one is copied, the next ones wait in its stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """How a load is watched and stopped. `progress(done, total)` counts bytes where they are to be, and is called from
+    the load's threads, one call at a time; `cancelled` is asked at each chunk; `deadline` is of time.monotonic()."""
+
+    verify: bool = True
+    threads: int = THREADS
+    progress: Callable[[int, int], None] | None = None
+    cancelled: Callable[[], bool] = lambda: False
+    deadline: float | None = None
+
+
+class Pipeline:
+    """Loads all parts of a plan, one after the other, in threads of its own.
+
+    `memory` is where the plan's bytes go; with a `copier` it is the ring that they go through, of `slots` chunks.
+    """
+
+    def __init__(
+        self,
+        loading: Plan,
+        sources: Sequence[Source],
+        memory: memoryview,
+        control: Control,
+        *,
+        copier: DeviceCopier | None = None,
+        slots: int = 0,
+    ) -> None:
+        self._plan = loading
+        self._sources = sources
+        self._memory = memory
+        self._control = control
+        self._copier = copier
+        self._slots = slots
+        self._stopped = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load. Whoever calls this must call `wait`."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when all is loaded. No thread touches the memory or the sources then, whatever happened.
+
+        Raises what ChunkReader and the copier raise; the first error ends the load.
+        """
+        try:
+            self._thread.join()
+        except BaseException as interrupt:
+            self._stopped.set()
+            self._thread.join()
+            self._error = interrupt
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # no cycle through this frame: it would keep memory
+
+    def stop(self) -> None:
+        """End the load at the next chunk; `wait` then raises Cancelled."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        try:
+            for part, source in zip(self._plan.parts, self._sources, strict=True):
+                self._load(part, source)
+        except BaseException as error:
+            self._error = error
+        finally:
+            if self._copier is not None:
+                self._copier.close()
+
+    def _load(self, part: Part, source: Source) -> None:
+        if self._copier is None:
+            self._reader(part, source, slots=None, on_ready=partial(self._report, part)).read()
+            return
+        reader = self._reader(part, source, slots=self._slots, on_ready=lambda ready: None)
+        reader.start()
+        try:
+            self._copy_out(part, reader, self._copier)
+        except BaseException:
+            reader.cancel()
+            with contextlib.suppress(SllmError):
+                reader.wait()
+            raise
+        reader.wait()
+
+    def _reader(self, part: Part, source: Source, *, slots: int | None, on_ready: Callable[[int], None]) -> ChunkReader:
+        return ChunkReader(
+            source,
+            chunk_bytes=self._plan.chunk_bytes,
+            hashes=part.partition.chunks if self._control.verify else None,
+            place=partial(self._place, part),
+            slots=slots,
+            threads=self._control.threads,
+            on_ready=on_ready,
+            cancelled=lambda: self._stopped.is_set() or self._control.cancelled(),
+            deadline=self._control.deadline,
+        )
+
+    def _place(self, part: Part, chunk: int) -> memoryview:
+        chunk_bytes = self._plan.chunk_bytes
+        begin = part.start + chunk * chunk_bytes if self._copier is None else chunk % self._slots * chunk_bytes
+        return self._memory[begin : begin + chunk_bytes]
+
+    def _copy_out(self, part: Part, reader: ChunkReader, copier: DeviceCopier) -> None:
+        """Copy each chunk as it becomes ready, and let its slot go when the copy has ended."""
+        most = max(1, min(COPIES_UNDER_WAY, self._slots - 1))
+        begun = ended = 0
+        while ended < reader.chunks:
+            if begun < reader.chunks and begun - ended < most:
+                if not reader.wait_for(begun + 1):
+                    return  # it failed: `wait` says why
+                self._begin_copy(part, begun, copier)
+                begun += 1
+            else:
+                copier.end_oldest()
+                ended += 1
+                reader.taken(ended)
+                self._report(part, ended)
+
+    def _begin_copy(self, part: Part, chunk: int, copier: DeviceCopier) -> None:
+        offset = chunk * self._plan.chunk_bytes
+        length = min(self._plan.chunk_bytes, part.partition.size_bytes - offset)
+        copier.begin(self._place(part, chunk)[:length], part.start + offset)
+
+    def _report(self, part: Part, chunks: int) -> None:
+        if self._control.progress is not None:
+            done = part.start + min(chunks * self._plan.chunk_bytes, part.partition.size_bytes)
+            self._control.progress(done, self._plan.size_bytes)
