@@ -16,10 +16,8 @@ from sllm.agent.threads import run_cancellable
 from sllm.agent.weights import Weights
 from sllm.core.ids import CheckpointName, ReplicaId, checkpoint_name
 from sllm.errors import Conflict, UnsupportedCheckpoint
-from sllm.loader.copying import cancelling
-from sllm.loader.manifest import Manifest
 from sllm.loader.source import Source, examine, locate
-from sllm.loader.store import SsdStore
+from sllm.loader.store import SsdStore, StoredCheckpoint
 from sllm.rpc.agents import AddProgress
 
 log = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ class _Adding:
     done_bytes: int = 0
     total_bytes: int = 0
     changes: Changes = field(default_factory=Changes)
-    task: asyncio.Task[Manifest] | None = None
+    task: asyncio.Task[StoredCheckpoint] | None = None
 
 
 class Checkpoints:
@@ -72,9 +70,9 @@ class Checkpoints:
             seen = adding.changes.revision
             yield AddProgress(done_bytes=adding.done_bytes, total_bytes=adding.total_bytes)
             await adding.changes.wait_beyond(seen)
-        manifest = await asyncio.shield(adding.task)
+        entry = await asyncio.shield(adding.task)
         total = max(adding.total_bytes, adding.done_bytes)
-        yield AddProgress(done_bytes=total, total_bytes=total, checkpoint=manifest.checkpoint)
+        yield AddProgress(done_bytes=total, total_bytes=total, checkpoint=entry.checkpoint)
 
     async def remove(self, name: CheckpointName) -> None:
         """Return when its files are gone. Raises NotFound, Conflict."""
@@ -85,13 +83,13 @@ class Checkpoints:
         if users:
             raise Conflict(f"checkpoint {name!r} is used by replica {users[0]}", hint="delete its deployment first")
         # Out of the store before anything is waited for: a start that comes meanwhile finds none.
-        manifest = self._store.withdraw(name)
+        entry = self._store.withdraw(name)
         self._removing.add(name)
         try:
-            await asyncio.to_thread(self._store.discard, manifest)
+            await asyncio.to_thread(self._store.discard, entry)
         finally:
             self._removing.discard(name)
-        if all(manifest.checkpoint.digest != digest for manifest in self._store.manifests()):
+        if all(entry.checkpoint.digest != digest for entry in self._store.entries()):
             self._weights.forget(digest)
         log.info("checkpoint %s is removed", name)
         self._on_change()
@@ -112,14 +110,14 @@ class Checkpoints:
         self._adding[name] = adding
         return adding
 
-    def _on_end(self, name: CheckpointName, adding: _Adding, task: asyncio.Task[Manifest]) -> None:
+    def _on_end(self, name: CheckpointName, adding: _Adding, task: asyncio.Task[StoredCheckpoint]) -> None:
         del self._adding[name]
         if not task.cancelled():
             task.exception()  # seen, also when nobody watches
         adding.changes.notify()
         self._on_change()
 
-    async def _add(self, name: CheckpointName, adding: _Adding) -> Manifest:
+    async def _add(self, name: CheckpointName, adding: _Adding) -> StoredCheckpoint:
         loop = asyncio.get_running_loop()
 
         def show(done_bytes: int, total_bytes: int) -> None:
@@ -129,25 +127,26 @@ class Checkpoints:
         def look(_: Event) -> Source:
             return examine(locate(adding.source, self._roots), self._roots)
 
-        def copy(cancel: Event) -> Manifest:
-            def progress(done_bytes: int) -> None:
-                loop.call_soon_threadsafe(show, done_bytes, source.total_bytes)
+        def copy(cancel: Event) -> StoredCheckpoint:
+            def progress(done_bytes: int, total_bytes: int) -> None:
+                loop.call_soon_threadsafe(show, done_bytes, total_bytes)
 
-            watched = cancelling(cancel.is_set, progress)
-            return self._store.add(name, source, adding.source, now=time.time(), progress=watched)
+            return self._store.add(
+                name, source, adding.source, now=time.time(), progress=progress, cancelled=cancel.is_set
+            )
 
         async with self._turn:
             source = await run_cancellable(self._writer, look)
             check_architecture(source, await self._architectures())
-            manifest = await run_cancellable(self._writer, copy)
-        log.info(
-            "checkpoint %s is here: %d bytes, %s", name, manifest.checkpoint.size_bytes, manifest.checkpoint.digest
-        )
-        return manifest
+            entry = await run_cancellable(self._writer, copy)
+        log.info("checkpoint %s is here: %d bytes, %s", name, entry.checkpoint.size_bytes, entry.checkpoint.digest)
+        return entry
 
 
 def check_architecture(source: Source, known: tuple[str, ...]) -> None:
     """Raises UnsupportedCheckpoint."""
+    if source.facts is None:
+        return  # the store refuses it
     wanted = source.facts.architecture
     if known and wanted not in known:
         raise UnsupportedCheckpoint(

@@ -11,7 +11,7 @@ from sllm.core.launch import WarmReady
 from sllm.core.node import NodeReport
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
-from sllm.loader.manifest import Manifest
+from sllm.loader.store import StoredCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,8 @@ class Facts:
     warm: WarmReady | None
     devices: tuple[Device, ...]
     holders: Mapping[DeviceId, ReplicaId]
-    manifests: tuple[Manifest, ...]
-    damaged: tuple[Manifest, ...]  # of those on SSD, none of `manifests`
+    stored: tuple[StoredCheckpoint, ...]
+    damaged: tuple[StoredCheckpoint, ...]  # of those on SSD, none of `stored`
     in_memory: tuple[InMemory, ...]
     replicas: tuple[ReplicaStatus, ...]
     ssd: TierUsage
@@ -67,7 +67,7 @@ def report(identity: Identity, facts: Facts) -> NodeReport:
         devices=tuple(_leased(device, facts) for device in facts.devices),
         tiers=(facts.ssd, facts.dram, TierUsage(tier=Tier.DEVICE, capacity_bytes=device_bytes, used_bytes=used_bytes)),
         residencies=(*_on_ssd(facts), *_in_dram(facts), *on_devices),
-        checkpoints=tuple(manifest.checkpoint for manifest in (*facts.manifests, *facts.damaged)),
+        checkpoints=tuple(entry.checkpoint for entry in (*facts.stored, *facts.damaged)),
         replicas=facts.replicas,
         architectures=warm.architectures if warm else (),
     )
@@ -84,34 +84,34 @@ def _leased(device: Device, facts: Facts) -> Device:
 
 
 def _on_ssd(facts: Facts) -> Iterable[Residency]:
-    for manifest in facts.manifests:
-        yield _residency(manifest, Tier.SSD, ResidencyState.READY)
-    for manifest in facts.damaged:
-        yield _residency(manifest, Tier.SSD, ResidencyState.QUARANTINED)
+    for entry in facts.stored:
+        yield _residency(entry, Tier.SSD, ResidencyState.READY)
+    for entry in facts.damaged:
+        yield _residency(entry, Tier.SSD, ResidencyState.QUARANTINED)
 
 
 def _in_dram(facts: Facts) -> Iterable[Residency]:
     by_digest = {held.digest: held for held in facts.in_memory}
-    for manifest in facts.manifests:
-        held = by_digest.get(manifest.checkpoint.digest)
+    for entry in facts.stored:
+        held = by_digest.get(entry.checkpoint.digest)
         if held is not None:
-            yield _residency(manifest, Tier.DRAM, ResidencyState.READY if held.ready else ResidencyState.LOADING)
+            yield _residency(entry, Tier.DRAM, ResidencyState.READY if held.ready else ResidencyState.LOADING)
 
 
 def _on_devices(facts: Facts) -> list[Residency]:
     serving = (ReplicaState.READY, ReplicaState.DRAINING)
     digests = [status.spec.digest for status in facts.replicas if status.state in serving]
-    by_digest = {manifest.checkpoint.digest: manifest for manifest in facts.manifests}
+    by_digest = {entry.checkpoint.digest: entry for entry in facts.stored}
     return [
         _residency(by_digest[digest], Tier.DEVICE, ResidencyState.READY) for digest in digests if digest in by_digest
     ]
 
 
-def _residency(manifest: Manifest, tier: Tier, state: ResidencyState) -> Residency:
+def _residency(entry: StoredCheckpoint, tier: Tier, state: ResidencyState) -> Residency:
     return Residency(
-        checkpoint=manifest.checkpoint.name,
-        digest=manifest.checkpoint.digest,
+        checkpoint=entry.checkpoint.name,
+        digest=entry.checkpoint.digest,
         tier=tier,
         state=state,
-        size_bytes=manifest.checkpoint.size_bytes,
+        size_bytes=entry.checkpoint.size_bytes,
     )

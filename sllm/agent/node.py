@@ -112,7 +112,7 @@ class LocalNode:
             warm=self.warm.about,
             devices=self.survey.devices(),
             holders=self.replicas.leases.holders,
-            manifests=self.store.manifests(),
+            stored=self.store.entries(),
             damaged=self.store.damaged(),
             in_memory=tuple(
                 InMemory(digest=held.digest, size_bytes=held.size_bytes, ready=held.ready) for held in pool.regions()

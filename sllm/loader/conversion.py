@@ -46,11 +46,16 @@ def convert_examined(
     now: float | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    approve: Callable[[Manifest], None] | None = None,
+    replace_anything: bool = False,
 ) -> Manifest:
-    """Convert a source that was examined; without a destination, only find out what the manifest would be."""
+    """Convert a source that was examined; without a destination, only find out what the manifest would be.
+
+    `approve` and `replace_anything` are CheckpointWriter's. Raises as `convert`.
+    """
     offsets, size_bytes = place(tensor.size_bytes for tensor in source.tensors)
-    meter = Meter(size_bytes + sum(file.size_bytes for file in source.execution_files), progress, cancelled)
-    with CheckpointWriter(destination, [size_bytes], meter) as writer:
+    meter = Meter(converted_bytes(source), progress, cancelled)
+    with CheckpointWriter(destination, [size_bytes], meter, replace_anything=replace_anything) as writer:
         with writer.partition() as partition:
             _copy_tensors(source, offsets, partition)
         for file in source.execution_files:
@@ -63,7 +68,14 @@ def convert_examined(
             model=source.facts,
             source=origin,
             created_at=time.time() if now is None else now,
+            approve=approve,
         )
+
+
+def converted_bytes(source: Source) -> int:
+    """Return what a source takes as a checkpoint, the manifest aside."""
+    _, size_bytes = place(tensor.size_bytes for tensor in source.tensors)
+    return size_bytes + sum(file.size_bytes for file in source.execution_files)
 
 
 def _copy_tensors(source: Source, offsets: tuple[int, ...], partition: PartitionWriter) -> None:

@@ -1,33 +1,52 @@
 """The SSD store: checkpoints as folders, each complete or absent. Blocking; the caller gives it a thread.
 
-`ROOT/NAME/` has the files and their manifest. A checkpoint is copied to `ROOT/.tmp-…`, flushed, then renamed: a crash
-leaves no half checkpoint, and what it leaves behind is removed at the next start. A copy that is found damaged stays
-where it is, is not used, and is replaced when the same content is added again.
+`ROOT/NAME/` is a checkpoint (docs/checkpoint-format.md); its name on this node is the folder's. A copy that is found
+damaged stays where it is, is not used, and is replaced when the same content is added again. `ROOT/.runtime/` has the
+engines' own layouts, which give way to checkpoints when room is short.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import logging
 import os
-import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sllm.core.checkpoint import Checkpoint
-from sllm.core.ids import CheckpointName
-from sllm.errors import CapacityExceeded, Conflict, InvalidCheckpoint, NotFound, SllmError
-from sllm.loader.checking import check, check_sizes
-from sllm.loader.copying import Progress, copy_files, flush_folder, write_flushed
-from sllm.loader.manifest import Manifest, digest_of, main_dtype
-from sllm.loader.source import MANIFEST, Source, examine, open_regular
+from sllm.core.ids import CheckpointName, checkpoint_name
+from sllm.errors import (
+    CapacityExceeded,
+    Conflict,
+    ExecutionFileDamaged,
+    InvalidCheckpoint,
+    ManifestCorrupt,
+    NotFound,
+    SllmError,
+)
+from sllm.loader.conversion import convert_examined, converted_bytes
+from sllm.loader.folder import check_sizes, open_file, read_manifest
+from sllm.loader.format import Manifest, StoredFile
+from sllm.loader.runtime_layouts import CHECKPOINT, RuntimeLayout, RuntimeLayouts
+from sllm.loader.source import Source
+from sllm.loader.work_folder import flush_folder, remove_leftovers, remove_tree, temporary_name
+from sllm.loader.writing import Progress
 
 log = logging.getLogger(__name__)
 
-_TMP = ".tmp-"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUNTIME = ".runtime"
+_QUARANTINED = ".quarantined"  # an empty file in the folder of a copy that is not to be used: survives a restart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint in the store: what the cluster calls it, and what its files hold."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
 
 
 class SsdStore:
@@ -43,210 +62,260 @@ class SsdStore:
         self._lock = threading.Lock()
         # Replaced, never changed in place: readers in other threads take no lock.
         self._damaged: frozenset[CheckpointName] = frozenset()
-        self._manifests = dict(self._scan())
+        remove_leftovers(self.root)
+        self._entries = dict(self._scan())
+        self._runtimes = RuntimeLayouts(self.root / _RUNTIME)
+        self._drop_orphans()
 
-    def manifests(self) -> tuple[Manifest, ...]:
+    def entries(self) -> tuple[StoredCheckpoint, ...]:
         """Return the checkpoints that can be used, by name."""
         damaged = self._damaged
-        return tuple(manifest for name, manifest in sorted(self._manifests.items()) if name not in damaged)
+        return tuple(entry for name, entry in sorted(self._entries.items()) if name not in damaged)
 
-    def damaged(self) -> tuple[Manifest, ...]:
+    def damaged(self) -> tuple[StoredCheckpoint, ...]:
         """Return those that cannot, by name."""
         damaged = self._damaged
-        return tuple(manifest for name, manifest in sorted(self._manifests.items()) if name in damaged)
+        return tuple(entry for name, entry in sorted(self._entries.items()) if name in damaged)
 
-    def named(self, name: CheckpointName) -> Manifest:
+    def named(self, name: CheckpointName) -> StoredCheckpoint:
         """Raises NotFound."""
-        if name not in self._manifests:
+        if name not in self._entries:
             raise NotFound(f"checkpoint {name!r} is not on this node")
-        return self._manifests[name]
+        return self._entries[name]
 
-    def with_digest(self, digest: str) -> Manifest:
+    def with_digest(self, digest: str) -> StoredCheckpoint:
         """Return a checkpoint to use. Raises NotFound; InvalidCheckpoint if it is here but damaged."""
-        for manifest in self.manifests():
-            if manifest.checkpoint.digest == digest:
-                return manifest
-        for manifest in self.damaged():
-            if manifest.checkpoint.digest == digest:
+        for entry in self.entries():
+            if entry.checkpoint.digest == digest:
+                return entry
+        for entry in self.damaged():
+            if entry.checkpoint.digest == digest:
                 raise InvalidCheckpoint(
-                    f"the copy of {manifest.checkpoint.name!r} on this node is damaged", hint="add it again"
+                    f"the copy of {entry.checkpoint.name!r} on this node is damaged", hint="add it again"
                 )
         raise NotFound(f"no checkpoint with digest {digest} is on this node")
 
-    def folder(self, manifest: Manifest) -> Path:
-        return self.root / manifest.checkpoint.name
+    def folder(self, entry: StoredCheckpoint) -> Path:
+        return self.root / entry.checkpoint.name
 
     @property
     def used_bytes(self) -> int:
-        return sum(_stored_bytes(manifest) for manifest in self._manifests.values())
+        """Bytes of all files, damaged copies and runtime layouts included."""
+        return self._kept_bytes + self._runtimes.used_bytes
 
     @property
     def capacity_bytes(self) -> int:
         return self._limit_bytes or self.used_bytes + self._free_on_disk()
 
-    def add(self, name: CheckpointName, source: Source, origin: str, *, now: float, progress: Progress) -> Manifest:
-        """Copy a source that was examined, and return its manifest; the same content again is no error.
+    def add(
+        self,
+        name: CheckpointName,
+        source: Source,
+        origin: str,
+        *,
+        now: float,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> StoredCheckpoint:
+        """Convert a source that was examined, and return the entry; the same content again is no error.
 
-        Raises Conflict if the name is taken by another content, CapacityExceeded, InvalidCheckpoint, and whatever
-        `progress` raises.
+        Raises Conflict if the name is taken by another content, CapacityExceeded, InvalidCheckpoint, Cancelled.
         """
-        there = self._manifests.get(name)
+        there = self._entries.get(name)
         if there is not None and name not in self._damaged:
-            return self._same_again(there, source, progress)
-        self._check_room(source.total_bytes, there)
-        work = self.root / f"{_TMP}{secrets.token_hex(6)}"
-        work.mkdir(mode=0o700)
-        try:
-            manifest = self._fill(work, name, source, origin, now=now, progress=progress)
+            _check_same(there, convert_examined(source, None, progress=progress, cancelled=cancelled))
+            return there
+        self._make_room(converted_bytes(source), there)
+
+        def approve(manifest: Manifest) -> None:
             if there is not None:
-                _check_same(there, manifest.checkpoint.digest)
-            self._put(work, name)
-        except OSError as error:
-            raise _write_error(error, name) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        with self._lock:
-            self._manifests = {**self._manifests, name: manifest}
-            self._damaged -= {name}
-        return manifest
+                _check_same(there, manifest)
 
-    def quarantine(self, manifest: Manifest) -> None:
+        manifest = convert_examined(
+            source,
+            self.root / name,
+            origin=origin,
+            now=now,
+            progress=progress,
+            cancelled=cancelled,
+            approve=approve,
+            replace_anything=True,  # what has the name and is no entry is of no use
+        )
+        return self._took(name, manifest)
+
+    def quarantine(self, entry: StoredCheckpoint) -> None:
         """Use a copy no more: it is damaged."""
+        name = entry.checkpoint.name
         with self._lock:
-            if self._manifests.get(manifest.checkpoint.name) == manifest:
-                self._damaged |= {manifest.checkpoint.name}
+            if self._entries.get(name) != entry:
+                return  # it was replaced meanwhile
+            self._damaged |= {name}
+            try:
+                (self.root / name / _QUARANTINED).touch()
+            except OSError as error:  # the disk that damaged it may be failing altogether
+                log.warning("checkpoint %s: its quarantine will not survive a restart: %s", name, error.strerror)
 
-    def check(self, manifest: Manifest) -> None:
-        """Raises InvalidCheckpoint if the stored files are visibly not what was added."""
-        check(self.folder(manifest), manifest)
+    def check(self, entry: StoredCheckpoint) -> None:
+        """Raise InvalidCheckpoint if the stored files are visibly not what was added. Their bytes are not read."""
+        folder = self.folder(entry)
+        if read_manifest(folder).digest != entry.checkpoint.digest:
+            raise ManifestCorrupt(f"the manifest in {folder} is not the one that was added")
+        check_sizes(folder, entry.manifest)
 
-    def withdraw(self, name: CheckpointName) -> Manifest:
+    def withdraw(self, name: CheckpointName) -> StoredCheckpoint:
         """Take a checkpoint out, at once; its files stay until `discard`. Raises NotFound."""
-        manifest = self.named(name)
+        entry = self.named(name)
         with self._lock:
-            self._manifests = {other: kept for other, kept in self._manifests.items() if other != name}
+            self._entries = {other: kept for other, kept in self._entries.items() if other != name}
             self._damaged -= {name}
-        return manifest
+        return entry
 
-    def discard(self, manifest: Manifest) -> None:
-        """Delete the files of a checkpoint that was withdrawn."""
+    def discard(self, entry: StoredCheckpoint) -> None:
+        """Delete the files of a checkpoint that was withdrawn, and the runtime layouts made of it."""
+        self._drop_orphans()
+        gone = temporary_name(self.root)
         try:
-            self._set_aside(manifest.checkpoint.name)
+            os.rename(self.folder(entry), gone)
+            remove_tree(gone)
             flush_folder(self.root)
         except OSError as error:
-            raise SllmError(f"cannot delete {self.folder(manifest)}: {error.strerror}") from error
-
-    def _put(self, work: Path, name: CheckpointName) -> None:
-        """Give a finished copy its name, in place of what cannot be used."""
-        if (self.root / name).exists():
-            self._set_aside(name)
-        os.rename(work, self.root / name)
-        flush_folder(self.root)
-
-    def _set_aside(self, name: CheckpointName) -> None:
-        gone = self.root / f"{_TMP}{secrets.token_hex(6)}"
-        os.rename(self.root / name, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            raise SllmError(f"cannot delete {self.folder(entry)}: {error.strerror}") from error
 
     def execution_files(self, digest: str, *, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
-        """Yield (path, content) of each execution file, large ones in pieces. Raises NotFound."""
-        manifest = self.with_digest(digest)
-        for file in manifest.execution_files:
-            with os.fdopen(open_regular(self.folder(manifest) / file.path), "rb") as opened:
-                yield file.path, opened.read(piece_bytes)
-                while piece := opened.read(piece_bytes):
-                    yield file.path, piece
+        """Yield (path, content) of each execution file, large ones in pieces.
 
-    def _same_again(self, there: Manifest, source: Source, progress: Progress) -> Manifest:
-        _check_same(there, digest_of(copy_files((*source.shards, *source.execution_files), None, progress)))
-        return there
+        Raises NotFound; ExecutionFileDamaged, after the last piece of a file that is not what was added: its copy is
+        in quarantine then.
+        """
+        entry = self.with_digest(digest)
+        for file in entry.manifest.execution_files:
+            try:
+                yield from _checked_pieces(self.folder(entry), file, piece_bytes)
+            except ExecutionFileDamaged:
+                self.quarantine(entry)
+                raise
 
-    def _fill(
-        self, work: Path, name: CheckpointName, source: Source, origin: str, *, now: float, progress: Progress
-    ) -> Manifest:
-        files = copy_files((*source.shards, *source.execution_files), work, progress)
-        copy = examine(work)  # the source may have changed since it was examined
-        manifest = Manifest(
-            checkpoint=Checkpoint(
-                name=name,
-                digest=digest_of(files),
-                size_bytes=sum(tensor.size_bytes for tensor in copy.tensors),
-                architecture=copy.facts.architecture,
-                dtype=main_dtype(copy.tensors),
-                tensor_count=len(copy.tensors),
-                max_model_len=copy.facts.max_model_len,
-                source=origin,
-                created_at=now,
-            ),
-            shards=files[: len(source.shards)],
-            execution_files=files[len(source.shards) :],
-            tensors=copy.tensors,
-        )
-        write_flushed(work / MANIFEST, manifest.to_json().encode())
-        flush_folder(work)
-        return manifest
+    # --- runtime layouts ----------------------------------------------------------------------
 
-    def _check_room(self, needed_bytes: int, replaced: Manifest | None) -> None:
+    def runtimes(self) -> tuple[RuntimeLayout, ...]:
+        """Return all runtime layouts, the longest unused first."""
+        return self._runtimes.all()
+
+    def runtime(self, key: Mapping[str, str]) -> RuntimeLayout | None:
+        """Return the runtime layout with exactly this key, if it is here; stale ones are removed."""
+        return self._runtimes.find(key)
+
+    def runtime_work(self, key: Mapping[str, str], size_bytes: int) -> Path | None:
+        """Return where to write the runtime layout with this key (by CheckpointWriter or `save`), which takes about
+        `size_bytes`; None if there is no room for it, even when other runtime layouts give way."""
+        try:
+            self._make_room(size_bytes, None)
+        except CapacityExceeded:
+            return None
+        return self._runtimes.folder(key)
+
+    def adopt_runtime(self, key: Mapping[str, str]) -> RuntimeLayout:
+        """Take in a runtime layout that was written. Raises StaleLayout, InvalidCheckpoint: it is removed."""
+        return self._runtimes.adopt(key)
+
+    def drop_runtime(self, key: Mapping[str, str]) -> None:
+        """Remove a runtime layout that did not fit, or that is damaged."""
+        folder = self._runtimes.folder(key)
+        self._runtimes.remove_all(layout for layout in self._runtimes.all() if layout.folder == folder)
+
+    # ------------------------------------------------------------------------------------------
+
+    def _took(self, name: CheckpointName, manifest: Manifest) -> StoredCheckpoint:
+        entry = _entry(name, manifest)
+        with self._lock:
+            self._entries = {**self._entries, name: entry}
+            self._damaged -= {name}
+        return entry
+
+    def _drop_orphans(self) -> None:
+        """Remove runtime layouts of checkpoints that are not here any more."""
+        digests = {entry.checkpoint.digest for entry in self._entries.values()}
+        orphans = [layout for layout in self._runtimes.all() if layout.manifest.key.get(CHECKPOINT) not in digests]
+        self._runtimes.remove_all(orphans)
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(entry.manifest.stored_bytes for entry in self._entries.values())
+
+    def _make_room(self, needed_bytes: int, replaced: StoredCheckpoint | None) -> None:
+        """Let runtime layouts go as far as needed. Raises CapacityExceeded if that is not enough: none goes then."""
         free = self._free_on_disk()
         if self._limit_bytes:
-            given_up = _stored_bytes(replaced) if replaced else 0
+            given_up = replaced.manifest.stored_bytes if replaced else 0
             free = min(free, self._limit_bytes - self.used_bytes + given_up)
-        if needed_bytes > free:
+        possible = free + self._runtimes.used_bytes
+        if needed_bytes > possible:
             raise CapacityExceeded(
-                f"the checkpoint has {needed_bytes} bytes, the SSD store has room for {max(0, free)}",
+                f"the checkpoint has {needed_bytes} bytes, the SSD store has room for {max(0, possible)}",
                 hint="remove checkpoints that are not needed: sllm checkpoint remove",
             )
+        self._runtimes.make_room(needed_bytes - free)
 
     def _free_on_disk(self) -> int:
         return shutil.disk_usage(self.root).free
 
-    def _scan(self) -> Iterator[tuple[CheckpointName, Manifest]]:
+    def _scan(self) -> Iterator[tuple[CheckpointName, StoredCheckpoint]]:
         for folder in sorted(self.root.iterdir()):
-            if folder.name.startswith(_TMP):
-                shutil.rmtree(folder, ignore_errors=True)
-            elif folder.is_dir():
-                try:
-                    manifest = _read_manifest(folder)
-                except SllmError as error:
-                    # One damaged folder must not keep the node's other checkpoints from being served.
-                    log.error("checkpoint %s is left out: %s", folder.name, error)
-                else:
-                    yield manifest.checkpoint.name, manifest
-                    self._check_found(folder, manifest)
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            try:
+                entry = _entry(checkpoint_name(folder.name), read_manifest(folder))
+            except SllmError as error:
+                # One damaged folder must not keep the node's other checkpoints from being served.
+                log.error("checkpoint %s is left out: %s", folder.name, error)
+            else:
+                yield entry.checkpoint.name, entry
+                self._check_found(folder, entry)
 
-    def _check_found(self, folder: Path, manifest: Manifest) -> None:
+    def _check_found(self, folder: Path, entry: StoredCheckpoint) -> None:
         try:
-            check_sizes(folder, manifest)
+            if (folder / _QUARANTINED).exists():
+                raise InvalidCheckpoint("it was put in quarantine")
+            check_sizes(folder, entry.manifest)
         except SllmError as error:
             log.error("checkpoint %s is damaged: %s", folder.name, error)
-            self._damaged |= {manifest.checkpoint.name}
+            self._damaged |= {entry.checkpoint.name}
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    try:
-        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidCheckpoint(f"cannot read its {MANIFEST}: {error.strerror}") from error
-    if manifest.checkpoint.name != folder.name:
-        raise InvalidCheckpoint(f"its {MANIFEST} is that of {manifest.checkpoint.name!r}")
-    return manifest
+def _entry(name: CheckpointName, manifest: Manifest) -> StoredCheckpoint:
+    if manifest.model is None or manifest.layout != "hf":
+        raise InvalidCheckpoint("it does not say which model it is", hint="add it from a folder that has a config.json")
+    checkpoint = Checkpoint(
+        name=name,
+        digest=manifest.digest,
+        size_bytes=manifest.tensor_bytes,
+        architecture=manifest.model.architecture,
+        dtype=manifest.main_dtype,
+        tensor_count=len(manifest.tensors),
+        max_model_len=manifest.model.max_model_len,
+        source=manifest.source,
+        created_at=manifest.created_at,
+    )
+    return StoredCheckpoint(checkpoint=checkpoint, manifest=manifest)
 
 
-def _check_same(there: Manifest, digest: str) -> None:
-    if digest != there.checkpoint.digest:
+def _check_same(there: StoredCheckpoint, manifest: Manifest) -> None:
+    if manifest.digest != there.checkpoint.digest:
         raise Conflict(
             f"checkpoint {there.checkpoint.name!r} is there already, with other content",
             hint="choose another name, or remove it first: sllm checkpoint remove",
         )
 
 
-def _stored_bytes(manifest: Manifest) -> int:
-    return sum(file.size_bytes for file in (*manifest.shards, *manifest.execution_files))
-
-
-def _write_error(error: OSError, name: CheckpointName) -> SllmError:
-    if error.errno in _DISK_FULL:
-        return CapacityExceeded(
-            f"the disk is full: checkpoint {name!r} was not added", hint="remove checkpoints that are not needed"
-        )
-    return SllmError(f"cannot store checkpoint {name!r}: {error.strerror}")
+def _checked_pieces(folder: Path, file: StoredFile, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
+    digest = hashlib.sha256()
+    with os.fdopen(open_file(folder / file.path, ExecutionFileDamaged), "rb") as opened:
+        piece = opened.read(piece_bytes)
+        while True:
+            digest.update(piece)
+            yield file.path, piece  # an empty file too
+            piece = opened.read(piece_bytes)
+            if not piece:
+                break
+    if digest.hexdigest() != file.sha256:
+        raise ExecutionFileDamaged(f"{folder / file.path} is not what was added: its sha256 differs")

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from sllm.errors import Conflict, InvalidCheckpoint, NotFound
@@ -33,15 +34,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class WorkFolder:
     """Made with its lock held, in the folder of `destination`. End it by `publish` or `discard`, then `close`.
 
-    Raises NotFound if there is no such folder, Conflict if the destination is there and no checkpoint, OSError.
+    `replace_anything`: whatever has the destination's name is deleted; else only a checkpoint is. Raises NotFound if
+    there is no such folder, Conflict if something is at the destination that stays, OSError.
     """
 
-    def __init__(self, destination: Path) -> None:
+    def __init__(self, destination: Path, replace_anything: bool = False) -> None:
         # A link to a checkpoint stays; what it leads to is replaced.
         self.destination = Path(os.path.realpath(destination))
         if not self.destination.parent.is_dir():
             raise NotFound(f"folder {self.destination.parent} is not there")
-        check_replaceable(self.destination)
+        self._replace_anything = replace_anything
+        self._check_replaceable()
         remove_leftovers(self.destination.parent)
         self.path, self._lock = _make_locked(self.destination.parent)
         failpoint("write-begun")
@@ -50,19 +53,37 @@ class WorkFolder:
         """Give the folder its destination's name, durably, and delete what had it. Raises Conflict, OSError."""
         os.fsync(self._lock)
         failpoint("write-synced")
-        replaced = _take_place(self.path, self.destination)
+        replaced = self._take_place()
         failpoint("write-renamed")
         flush_folder(self.destination.parent)
         if replaced:
-            shutil.rmtree(replaced, ignore_errors=True)
+            remove_tree(replaced)
 
     def discard(self) -> None:
         """Delete the folder, if it was not published."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
     def close(self) -> None:
         """Give up the lock."""
         os.close(self._lock)
+
+    def _check_replaceable(self) -> None:
+        if not self._replace_anything:
+            check_replaceable(self.destination)
+
+    def _take_place(self) -> Path | None:
+        """Rename; return where what had the name is now."""
+        while True:
+            try:
+                _rename(self.path, self.destination, _RENAME_NOREPLACE)
+                return None
+            except FileExistsError:
+                self._check_replaceable()
+            try:
+                _rename(self.path, self.destination, _RENAME_EXCHANGE)
+                return self.path
+            except FileNotFoundError:
+                continue  # it was removed just now
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -70,6 +91,15 @@ def remove_leftovers(parent: Path) -> None:
     for entry in list(os.scandir(parent)):
         if _TMP.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             _remove_if_left(Path(entry.path))
+
+
+def remove_tree(path: Path) -> None:
+    """Delete whatever is at `path`; what cannot be deleted stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def temporary_name(parent: Path) -> Path:
@@ -124,7 +154,7 @@ def _make_locked(parent: Path) -> tuple[Path, int]:
 def _remove_if_left(path: Path) -> None:
     fd = _locked(path)
     if fd is not None:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
         os.close(fd)
 
 
@@ -142,21 +172,6 @@ def _locked(path: Path) -> int | None:
         pass
     os.close(fd)
     return None
-
-
-def _take_place(path: Path, destination: Path) -> Path | None:
-    """Rename; return where what had the name is now."""
-    while True:
-        try:
-            _rename(path, destination, _RENAME_NOREPLACE)
-            return None
-        except FileExistsError:
-            check_replaceable(destination)
-        try:
-            _rename(path, destination, _RENAME_EXCHANGE)
-            return path
-        except FileNotFoundError:
-            continue  # it was removed just now
 
 
 def _rename(path: Path, destination: Path, flags: int) -> None:

@@ -177,11 +177,18 @@ class CheckpointWriter:
             manifest = writer.commit(tensors)
 
     `partition_bytes` are the partitions' lengths, each a multiple of PAGE_BYTES (see `format.place`). What is at `path`
-    is replaced if it is nothing but a checkpoint. `path` None: everything is hashed and nothing written.
+    is replaced if it is nothing but a checkpoint, or `replace_anything`. `path` None: all is hashed, nothing written.
     Raises CapacityExceeded when the disk is full, at any step; Conflict, NotFound, SllmError; Cancelled from `meter`.
     """
 
-    def __init__(self, path: Path | None, partition_bytes: Sequence[int], meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        partition_bytes: Sequence[int],
+        meter: Meter | None = None,
+        *,
+        replace_anything: bool = False,
+    ) -> None:
         self._sizes = tuple(partition_bytes)
         self._chunk_bytes = chunk_bytes_for(max(self._sizes))
         self._meter = meter or Meter(sum(self._sizes))
@@ -191,7 +198,7 @@ class CheckpointWriter:
         self._name = str(path)
         self._threads = _Threads()
         with _writing(self._name):
-            self._work = WorkFolder(path) if path is not None else None
+            self._work = WorkFolder(path, replace_anything) if path is not None else None
 
     def __enter__(self) -> Self:
         return self
@@ -239,8 +246,12 @@ class CheckpointWriter:
         model: ModelFacts | None = None,
         source: str = "",
         created_at: float = 0.0,
+        approve: Callable[[Manifest], None] | None = None,
     ) -> Manifest:
-        """Write the manifest, flush everything and let the checkpoint appear; return its manifest, digest included."""
+        """Write the manifest, flush everything and let the checkpoint appear; return its manifest, digest included.
+
+        `approve` sees it before; if it raises, nothing appears.
+        """
         manifest = parse(
             to_bytes(
                 Manifest(
@@ -256,6 +267,8 @@ class CheckpointWriter:
                 )
             )
         )
+        if approve:
+            approve(manifest)
         if self._work:
             with _writing(self._name):
                 self._publish(self._work, to_bytes(manifest))

@@ -11,14 +11,15 @@ from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, Re
 from sllm.core.launch import WarmReady
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier, TierUsage
-from sllm.loader.manifest import Manifest
+from sllm.loader.format import Manifest
+from sllm.loader.store import StoredCheckpoint
 
 IDENTITY = Identity(name=NodeName("n"), incarnation="i", address="a:1", version="0", engine="vllm")
 CPU, GPU = DeviceId("cpu-0"), DeviceId("GPU-1")
 HOLDER = ReplicaId("rep-1")
 
 
-def manifest(name: str, digest: str) -> Manifest:
+def entry(name: str, digest: str) -> StoredCheckpoint:
     checkpoint = Checkpoint(
         name=CheckpointName(name),
         digest=digest,
@@ -28,7 +29,7 @@ def manifest(name: str, digest: str) -> Manifest:
         tensor_count=1,
         max_model_len=8,
     )
-    return Manifest(checkpoint=checkpoint, shards=(), execution_files=(), tensors=())
+    return StoredCheckpoint(checkpoint=checkpoint, manifest=Manifest(partitions=(), tensors={}, chunk_bytes=1 << 20))
 
 
 def device(id: DeviceId, kind: DeviceKind, **changes: Any) -> Device:  # noqa: A002
@@ -56,7 +57,7 @@ def facts(**changes: Any) -> Facts:
         "warm": None,
         "devices": (),
         "holders": {},
-        "manifests": (),
+        "stored": (),
         "damaged": (),
         "in_memory": (),
         "replicas": (),
@@ -89,7 +90,7 @@ def test_a_checkpoint_resides_where_its_bytes_are() -> None:
         IDENTITY,
         facts(
             devices=(device(CPU, DeviceKind.CPU),),
-            manifests=(manifest("demo", "d1"), manifest("other", "d2"), manifest("cold", "d3")),
+            stored=(entry("demo", "d1"), entry("other", "d2"), entry("cold", "d3")),
             in_memory=(
                 InMemory(digest="d1", size_bytes=64, ready=True),
                 InMemory(digest="d2", size_bytes=64, ready=False),
@@ -111,6 +112,6 @@ def test_a_checkpoint_resides_where_its_bytes_are() -> None:
 
 def test_a_damaged_copy_is_in_quarantine_on_every_tier() -> None:
     held = InMemory(digest="d1", size_bytes=64, ready=True)
-    made = report(IDENTITY, facts(damaged=(manifest("demo", "d1"),), in_memory=(held,)))
+    made = report(IDENTITY, facts(damaged=(entry("demo", "d1"),), in_memory=(held,)))
     assert [(r.tier, r.state) for r in made.residencies] == [(Tier.SSD, ResidencyState.QUARANTINED)]
     assert [checkpoint.name for checkpoint in made.checkpoints] == ["demo"]

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sllm.core.ids import CheckpointName
 from sllm.errors import Cancelled, CapacityExceeded, Conflict, InvalidCheckpoint, NotFound
-from sllm.loader.copying import cancelling
-from sllm.loader.manifest import Manifest
+from sllm.loader.folder import read_manifest
+from sllm.loader.format import to_bytes
 from sllm.loader.source import examine
-from sllm.loader.store import SsdStore
+from sllm.loader.store import SsdStore, StoredCheckpoint
 
 NAME = CheckpointName("demo")
 
 
-def ignore(_: int) -> None:
-    pass
+def add(store: SsdStore, model: Path, name: CheckpointName = NAME) -> StoredCheckpoint:
+    return store.add(name, examine(model), str(model), now=1.0)
 
 
-def add(store: SsdStore, model: Path, name: CheckpointName = NAME) -> Manifest:
-    return store.add(name, examine(model), str(model), now=1.0, progress=ignore)
+def visible(store: SsdStore) -> list[str]:
+    """Return what is in the store's folder, runtime layouts aside."""
+    return sorted(path.name for path in store.root.iterdir() if path.name != ".runtime")
 
 
 @pytest.fixture
@@ -33,22 +37,28 @@ def store(tmp_path: Path) -> SsdStore:
 
 
 def test_keeps_what_was_added_over_a_restart(store: SsdStore, model: Path) -> None:
-    manifest = add(store, model)
-    assert manifest.checkpoint.size_bytes == 40
-    assert manifest.checkpoint.tensor_count == 4
-    assert manifest.checkpoint.dtype == "float32"
-    assert manifest.checkpoint.max_model_len == 128
-    assert SsdStore(store.root).manifests() == (manifest,)
-    copied = {path.name: path.read_bytes() for path in store.folder(manifest).iterdir()}
-    copied.pop("checkpoint.json")
-    assert copied == {path.name: path.read_bytes() for path in model.iterdir()}
+    entry = add(store, model)
+    assert entry.checkpoint.size_bytes == 4096
+    assert entry.checkpoint.tensor_count == 4
+    assert entry.checkpoint.dtype == "float32"
+    assert entry.checkpoint.max_model_len == 128
+    assert SsdStore(store.root).entries() == (entry,)
+    folder = store.folder(entry)
+    assert read_manifest(folder) == entry.manifest
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "partition-000.bin",
+        "manifest.json",
+    }
+    assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
 def test_reports_progress_up_to_the_total(store: SsdStore, model: Path) -> None:
-    source, seen = examine(model), []
-    store.add(NAME, source, "", now=0.0, progress=seen.append)
+    seen: list[tuple[int, int]] = []
+    store.add(NAME, examine(model), "", now=0.0, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
-    assert seen[-1] == source.total_bytes
+    assert {total for _, total in seen} == {seen[-1][0]} == {store.used_bytes}
 
 
 def test_the_same_content_again_is_no_error(store: SsdStore, model: Path) -> None:
@@ -60,7 +70,7 @@ def test_a_name_is_not_given_to_another_content(store: SsdStore, model: Path) ->
     (model / "tokenizer.json").write_text('{"changed": true}')
     with pytest.raises(Conflict, match="other content"):
         add(store, model)
-    assert store.manifests() == (first,)
+    assert store.entries() == (first,)
 
 
 def test_the_digest_names_content_not_name_or_place(store: SsdStore, model: Path) -> None:
@@ -74,17 +84,17 @@ def test_the_digest_names_content_not_name_or_place(store: SsdStore, model: Path
 
 def test_a_cancelled_copy_leaves_nothing(store: SsdStore, model: Path) -> None:
     with pytest.raises(Cancelled):
-        store.add(NAME, examine(model), "", now=0.0, progress=cancelling(lambda: True, ignore))
-    assert list(store.root.iterdir()) == []
+        store.add(NAME, examine(model), "", now=0.0, cancelled=lambda: True)
+    assert visible(store) == []
 
 
 def test_a_source_that_changes_while_it_is_copied_is_refused(store: SsdStore, model: Path) -> None:
     source = examine(model)
     shard = model / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(InvalidCheckpoint, match="truncated"):
-        store.add(NAME, source, "", now=0.0, progress=ignore)
-    assert list(store.root.iterdir()) == []
+    with pytest.raises(InvalidCheckpoint, match="became shorter"):
+        store.add(NAME, source, "", now=0.0)
+    assert visible(store) == []
 
 
 @contextmanager
@@ -101,96 +111,145 @@ def small_disk() -> Iterator[None]:
 def test_a_full_disk_is_said_so_and_leaves_nothing(store: SsdStore, model: Path) -> None:
     with small_disk(), pytest.raises(CapacityExceeded, match="disk is full"):
         add(store, model)
-    assert list(store.root.iterdir()) == []
-    assert store.manifests() == ()
+    assert visible(store) == []
+    assert store.entries() == ()
 
 
 def test_refuses_what_is_beyond_its_limit_before_copying(tmp_path: Path, model: Path) -> None:
     store = SsdStore(tmp_path / "checkpoints", limit_bytes=100)
     with pytest.raises(CapacityExceeded, match="room for 100"):
-        store.add(NAME, examine(model), "", now=0.0, progress=pytest.fail)
+        store.add(NAME, examine(model), "", now=0.0, cancelled=lambda: pytest.fail("it began"))
 
 
 def test_removes_what_a_crash_left(store: SsdStore, model: Path) -> None:
-    manifest = add(store, model)
-    (store.root / ".tmp-dead").mkdir()
-    (store.root / ".tmp-dead" / "part").write_text("x")
-    assert SsdStore(store.root).manifests() == (manifest,)
-    assert not (store.root / ".tmp-dead").exists()
+    entry = add(store, model)
+    left = store.root / ".tmp-0123456789ab"
+    left.mkdir()
+    (left / "part").write_text("x")
+    assert SsdStore(store.root).entries() == (entry,)
+    assert not left.exists()
 
 
-@pytest.mark.parametrize("damage", ["manifest", "shard", "shorter", "name"])
+@pytest.mark.parametrize("damage", ["manifest", "no manifest", "partition", "shorter", "execution file", "a file"])
 def test_a_damaged_checkpoint_is_left_out_and_the_others_stay(store: SsdStore, model: Path, damage: str) -> None:
     kept = add(store, model, CheckpointName("kept"))
     folder = store.folder(add(store, model))
     match damage:
         case "manifest":
-            (folder / "checkpoint.json").write_text("{}")
-        case "shard":
-            (folder / "model.safetensors").unlink()
+            (folder / "manifest.json").write_text("{}")
+        case "no manifest":
+            (folder / "manifest.json").unlink()
+        case "partition":
+            (folder / "partition-000.bin").unlink()
         case "shorter":
-            (folder / "model.safetensors").write_bytes(b"")
-        case "name":
-            folder.rename(folder.with_name("other"))
+            (folder / "partition-000.bin").write_bytes(b"")
+        case "execution file":
+            (folder / "tokenizer.json").unlink()
+        case "a file":
+            shutil.rmtree(folder)
+            folder.write_text("not a folder")
     found = SsdStore(store.root)
-    assert found.manifests() == (kept,)
+    assert found.entries() == (kept,)
     add(found, model)  # puts a whole one in its place
-    assert [m.checkpoint.name for m in SsdStore(store.root).manifests()][:2] == [NAME, "kept"]
+    assert [entry.checkpoint.name for entry in SsdStore(store.root).entries()] == [NAME, "kept"]
     assert found.damaged() == ()
+    assert visible(found) == [NAME, "kept"]
 
 
-def header_changed(shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes().replace(b"model.scale", b"model.elacs"))
+def test_a_renamed_folder_is_the_same_content_by_another_name(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    store.folder(entry).rename(store.root / "other")
+    found = SsdStore(store.root).named(CheckpointName("other"))
+    assert found.checkpoint.digest == entry.checkpoint.digest
 
 
-def cut(shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes()[:-1])
+def test_a_folder_that_has_no_checkpoints_name_is_left_out_and_left_alone(store: SsdStore, model: Path) -> None:
+    folder = store.folder(add(store, model)).rename(store.root / "a name")
+    assert SsdStore(store.root).entries() == ()
+    assert folder.exists()
 
 
-@pytest.mark.parametrize("damage", [header_changed, cut, Path.unlink])
+def manifest_changed(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"model.scale", b"model.elacs"))
+
+
+def manifest_replaced(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = read_manifest(folder)
+    path.write_bytes(to_bytes(replace(manifest, tensors={})))
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "partition-000.bin", 100)
+
+
+def lost(folder: Path) -> None:
+    (folder / "partition-000.bin").unlink()
+
+
+@pytest.mark.parametrize("damage", [manifest_changed, manifest_replaced, cut, lost])
 def test_a_stored_file_is_checked_without_reading_its_tensors(
     store: SsdStore, model: Path, damage: Callable[[Path], None]
 ) -> None:
-    manifest = add(store, model)
-    store.check(manifest)
-    damage(store.folder(manifest) / "model.safetensors")
+    entry = add(store, model)
+    store.check(entry)
+    damage(store.folder(entry))
     with pytest.raises(InvalidCheckpoint):
-        store.check(manifest)
+        store.check(entry)
 
 
 def test_a_copy_in_quarantine_is_not_given_out_and_is_replaced_by_the_same_content(
     store: SsdStore, model: Path
 ) -> None:
-    manifest = add(store, model)
-    shard = store.folder(manifest) / "model.safetensors"
-    shard.write_bytes(b"damaged")
-    store.quarantine(manifest)
-    assert (store.manifests(), store.damaged()) == ((), (manifest,))
+    entry = add(store, model)
+    partition = store.folder(entry) / "partition-000.bin"
+    content = partition.read_bytes()
+    partition.write_bytes(bytes(4096))
+    store.quarantine(entry)
+    assert (store.entries(), store.damaged()) == ((), (entry,))
     with pytest.raises(InvalidCheckpoint, match="damaged"):
-        store.with_digest(manifest.checkpoint.digest)
+        store.with_digest(entry.checkpoint.digest)
     (model / "tokenizer.json").write_text("other")
     with pytest.raises(Conflict, match="other content"):
         add(store, model)
     (model / "tokenizer.json").write_text("{}")
     again = add(store, model)
-    assert again == store.with_digest(manifest.checkpoint.digest)
-    assert shard.read_bytes() == (model / "model.safetensors").read_bytes()
-    assert [path.name for path in store.root.iterdir()] == [NAME]
+    assert again == store.with_digest(entry.checkpoint.digest)
+    assert partition.read_bytes() == content
+    assert visible(store) == [NAME]
+
+
+def test_a_quarantine_survives_a_restart(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    store.quarantine(entry)
+    again = SsdStore(store.root)
+    assert (again.entries(), again.damaged()) == ((), (entry,))
+    add(again, model)
+    assert len(SsdStore(store.root).entries()) == 1
+
+
+def test_a_copy_that_was_replaced_meanwhile_is_not_put_in_quarantine(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    store.quarantine(entry)
+    replaced = store.add(NAME, examine(model), "elsewhere", now=2.0)
+    store.quarantine(entry)
+    assert store.entries() == (replaced,)
 
 
 def test_a_twin_of_a_damaged_copy_is_used_in_its_place(store: SsdStore, model: Path) -> None:
-    manifest, twin = add(store, model), add(store, model, CheckpointName("twin"))
-    store.quarantine(manifest)
-    assert store.with_digest(manifest.checkpoint.digest) == twin
+    entry, twin = add(store, model), add(store, model, CheckpointName("twin"))
+    store.quarantine(entry)
+    assert store.with_digest(entry.checkpoint.digest) == twin
 
 
 def test_removes_a_checkpoint(store: SsdStore, model: Path) -> None:
     add(store, model)
-    manifest = store.withdraw(NAME)
-    assert store.manifests() == ()
-    assert store.folder(manifest).exists()
-    store.discard(manifest)
-    assert list(store.root.iterdir()) == []
+    entry = store.withdraw(NAME)
+    assert store.entries() == ()
+    assert store.folder(entry).exists()
+    store.discard(entry)
+    assert visible(store) == []
     with pytest.raises(NotFound):
         store.withdraw(NAME)
     with pytest.raises(NotFound):
