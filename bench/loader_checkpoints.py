@@ -174,4 +174,5 @@ def write_sllm(source: Path, folder: Path) -> None:
     """Convert a safetensors folder."""
     from sllm.loader import convert
 
+    folder.parent.mkdir(parents=True, exist_ok=True)
     convert(source, folder)

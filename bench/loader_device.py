@@ -13,6 +13,8 @@ from pathlib import Path
 from common import ROOT
 
 RAMDEV = ROOT / "bench" / "ramdev.sh"
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,25 @@ def plain_folder() -> Iterator[Device]:
     """A folder on whatever disk the temporary files are on: good for a smoke run, worthless for figures."""
     with tempfile.TemporaryDirectory(prefix="sllm-bench-") as parent:
         yield Device(folder=Path(parent), name="plain folder")
+
+
+@contextmanager
+def huge_pages(size_bytes: int) -> Iterator[bool]:
+    """Reserve huge pages (2 MiB) where this process may; yield whether so many bytes of them are free."""
+    missing = -(-size_bytes // HUGE_PAGE_BYTES) - _free_huge_pages()
+    before = int(HUGE_PAGES.read_text())
+    if missing > 0 and os.geteuid() == 0:
+        HUGE_PAGES.write_text(str(before + missing))
+    try:
+        yield _free_huge_pages() * HUGE_PAGE_BYTES >= size_bytes
+    finally:
+        if int(HUGE_PAGES.read_text()) != before:
+            HUGE_PAGES.write_text(str(before))
+
+
+def _free_huge_pages() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("HugePages_Free:")), 0)
 
 
 def _ramdev(command: str, folder: Path, *arguments: str) -> str:

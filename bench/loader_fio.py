@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from loader_device import Device
 from loader_measure import Sample
 
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
-HUGE_PAGES_FREE = 64  # 128 MiB of 2 MiB pages: the largest setting below needs 64 MiB
+BUFFER_BYTES = 128 << 20  # the largest setting below needs half of it
 PAGE_BYTES = 4096
 KIB = 1 << 10
 
@@ -58,19 +54,6 @@ def version() -> str:
     return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-@contextmanager
-def huge_pages() -> Iterator[bool]:
-    """Reserve huge pages for fio's buffers, if this process may and they are not there; yield whether there are."""
-    before = int(HUGE_PAGES.read_text())
-    if os.geteuid() == 0 and before < HUGE_PAGES_FREE:
-        HUGE_PAGES.write_text(str(HUGE_PAGES_FREE))
-    try:
-        yield int(HUGE_PAGES.read_text()) >= HUGE_PAGES_FREE
-    finally:
-        if int(HUGE_PAGES.read_text()) != before:
-            HUGE_PAGES.write_text(str(before))
-
-
 def read(setting: Setting, file: Path, device: Device) -> Sample:
     """Read a whole file once. The seconds are fio's own: from its first read to its last."""
     arguments = _arguments(setting, file)
@@ -97,7 +80,7 @@ def _arguments(setting: Setting, file: Path) -> list[str]:
         "--group_reporting",
         "--output-format=json",
         f"--ioengine={setting.engine}",
-        f"--bs={setting.block_bytes}",
+        f"--bs={min(setting.block_bytes, part)}",
         f"--iodepth={setting.depth}",
         f"--numjobs={setting.jobs}",
         f"--size={part}",

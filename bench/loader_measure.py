@@ -18,9 +18,10 @@ import pickle
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -30,17 +31,19 @@ from loader_checkpoints import Tensors
 PAGE_BYTES = 4096
 PREWARM = 2.2  # of the checkpoint's size
 
+Memory: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """`cpu_s` counts all threads of the process; `digest` names the content; `extra` is the case's own, in seconds."""
+    """`cpu_s` counts all threads of the process; `digest` names the content; `tail_s` is what a load itself says took
+    place after its last byte had come."""
 
     seconds: float
     cpu_s: float
     digest: str = ""
-    extra: dict[str, float] = field(default_factory=dict)
+    tail_s: float = 0.0
 
 
 class MeasurementFailed(Exception):
@@ -77,14 +80,34 @@ def _run_and_leave(work: Callable[[], Any], writer: int) -> None:
     os._exit(0)  # no finalizers: some peers' take seconds
 
 
+class Watch:
+    """The time and the CPU seconds of a block; see `stopwatch`."""
+
+    def __init__(self) -> None:
+        self._cpu_s = _cpu_s()
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds = time.perf_counter() - self._started
+        self._cpu_s = _cpu_s() - self._cpu_s
+
+    def sample(self, *, digest: str = "", tail_s: float = 0.0) -> Sample:
+        return Sample(seconds=self._seconds, cpu_s=self._cpu_s, digest=digest, tail_s=tail_s)
+
+
+@contextmanager
+def stopwatch() -> Iterator[Watch]:
+    watch = Watch()
+    yield watch
+    watch.stop()
+
+
 def timed(load: Callable[[], Tensors]) -> Sample:
     """Measure one load, in this process."""
-    before = _cpu_s()
-    started = time.perf_counter()
-    tensors = load()
-    touch(tensors)
-    seconds = time.perf_counter() - started
-    return Sample(seconds=seconds, cpu_s=_cpu_s() - before, digest=digest(tensors))
+    with stopwatch() as watch:
+        tensors = load()
+        touch(tensors)
+    return watch.sample(digest=digest(tensors), tail_s=getattr(load, "tail_s", 0.0))
 
 
 def _cpu_s() -> float:
@@ -112,7 +135,7 @@ def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     yield first * PAGE_BYTES, (last + 1) * PAGE_BYTES
 
 
-def _memory(start: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _memory(start: int, end: int) -> Memory:
     pointer = ctypes.cast(start, ctypes.POINTER(ctypes.c_uint8))
     return np.ctypeslib.as_array(pointer, shape=(end - start,))
 
@@ -123,8 +146,13 @@ def digest(tensors: Tensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        content.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        content.update(bytes_of(tensor))
     return content.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> Memory:
+    """Return a contiguous tensor's bytes, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def prewarm(size_bytes: int) -> None:
@@ -136,9 +164,9 @@ def prewarm(size_bytes: int) -> None:
 
 def drop_cache(folder: Path) -> None:
     """Drop the page cache of every file below a folder."""
-    os.sync()  # what is dirty would stay
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)  # what is dirty would stay
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,28 @@ def fresh(folder: Path) -> Load:
     return lambda: sllm.loader.load(folder)
 
 
+class Tailed:
+    """A load into a pool that notes how long after its last byte it was done, in `tail_s`."""
+
+    def __init__(self, folder: Path) -> None:
+        import sllm.loader
+
+        self._folder = folder
+        self._pool = sllm.loader.Pool(pool_bytes(folder))
+        self._last_byte = 0.0
+        self.tail_s = 0.0
+
+    def __call__(self) -> Tensors:
+        import sllm.loader
+
+        tensors: Tensors = sllm.loader.load(self._folder, pool=self._pool, progress=self._progress)
+        self.tail_s = time.perf_counter() - self._last_byte
+        return tensors
+
+    def _progress(self, done_bytes: int, total_bytes: int) -> None:
+        self._last_byte = time.perf_counter()
+
+
 def partitions(folder: Path) -> list[Path]:
     return sorted(folder.glob("partition-*.bin"))
 
@@ -146,6 +169,7 @@ POOL = Loader(name="sllm, pool", package="sllm", format="sllm", prepare=pooled(v
 UNVERIFIED = Loader(
     name="sllm, pool, no checksums", package="sllm", format="sllm", prepare=pooled(verify=False), ours=True
 )
+TAILED = Loader(name="sllm, pool, with progress", package="sllm", format="sllm", prepare=Tailed, ours=True)
 FRESH = Loader(name="sllm, fresh memory", package="sllm", format="sllm", prepare=fresh, ours=True)
 
 PEERS = (TORCH, LOAD_FILE, RUNAI, RUNAI_DIRECT, FAST, TENSORIZER)
