@@ -123,6 +123,10 @@ class StoreConfig(_Section):
 
     ssd_bytes: int = Field(default=0, ge=0)
     dram_bytes: int = Field(default=0, ge=0)
+    prefault: bool = Field(default=True, description="fill the pool's memory at the start, not with the first loads")
+    hugepages: Literal["auto", "never"] = Field(default="auto", description="use them where enough are reserved")
+    lock: bool = Field(default=True, description="keep a pool that is prefaulted from being paged out")
+    read_threads: int = Field(default=4, ge=1, le=64)
 
 
 class SourcesConfig(_Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import DeviceId, NodeName, ReplicaId
 from sllm.core.launch import WarmReady
-from sllm.core.node import NodeReport
+from sllm.core.node import LoadReport, NodeReport
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
 from sllm.loader.store import StoredCheckpoint
@@ -48,6 +48,7 @@ class Facts:
     replicas: tuple[ReplicaStatus, ...]
     ssd: TierUsage
     dram: TierUsage
+    loads: tuple[LoadReport, ...] = ()
 
 
 def report(identity: Identity, facts: Facts) -> NodeReport:
@@ -70,6 +71,7 @@ def report(identity: Identity, facts: Facts) -> NodeReport:
         checkpoints=tuple(entry.checkpoint for entry in (*facts.stored, *facts.damaged)),
         replicas=facts.replicas,
         architectures=warm.architectures if warm else (),
+        loads=facts.loads,
     )
 
 

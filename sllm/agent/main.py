@@ -14,8 +14,9 @@ from sllm.agent.children import Children
 from sllm.agent.devices import open_devices
 from sllm.agent.folders import Folders, lock, prepare
 from sllm.agent.heartbeat import Heartbeat
-from sllm.agent.node import LocalNode, open_pool
+from sllm.agent.node import LocalNode, pool_bytes
 from sllm.agent.service import Agent
+from sllm.agent.store.process import StoreOptions, StoreProcess, present_bytes
 from sllm.agent.warm.process import WarmProcess, command
 from sllm.config import AgentConfig
 from sllm.linux import become_subreaper
@@ -38,7 +39,7 @@ async def run(config: AgentConfig, tail: LogTail) -> None:
     claim = lock(config.state_dir.absolute())
     try:
         become_subreaper()
-        node = _open(config, tls, folders)
+        node = await _open(config, tls, folders)
         try:
             await _serve(node, tls, Agent(node.checkpoints, node.replicas, node.store, tail, folders.log), stop)
         finally:
@@ -47,13 +48,16 @@ async def run(config: AgentConfig, tail: LogTail) -> None:
         os.close(claim)
 
 
-def _open(config: AgentConfig, tls: Tls | None, folders: Folders) -> LocalNode:
-    """Put the node together. The warm process is spawned by a task that begins here; gRPC's threads may be there by
-    then, which is why nothing of ours runs between its fork and its exec (see `tether`)."""
+async def _open(config: AgentConfig, tls: Tls | None, folders: Folders) -> LocalNode:
+    """Put the node together. The warm process and the store process are spawned by tasks that begin here; gRPC's
+    threads may be there by then, which is why nothing of ours runs between their fork and exec (see `tether`)."""
     changes, children = Changes(), Children()
     children.watch()
-    pool = open_pool(config.store)
-    devices = open_devices(config.devices, reserved_bytes=pool.budget_bytes)
+    options = _store_options(config)
+    # What the pool has filled already, if the agent before this one left it, is not free anyhow.
+    reserved_bytes = max(0, options.size_bytes - await present_bytes(folders.run))
+    devices = open_devices(config.devices, reserved_bytes=reserved_bytes)
+    store_process = StoreProcess(options, folders.run, folders.log / "store.log", folders.scratch / "shared", children)
     warm = WarmProcess(
         lambda fd: command(config.engine.kind, fd),
         folders.log / "warm.log",
@@ -61,7 +65,20 @@ def _open(config: AgentConfig, tls: Tls | None, folders: Folders) -> LocalNode:
         children,
         changes.notify,
     )
-    return LocalNode(config, tls, folders, pool=pool, devices=devices, warm=warm, changes=changes)
+    return LocalNode(config, tls, folders, store_process=store_process, devices=devices, warm=warm, changes=changes)
+
+
+def _store_options(config: AgentConfig) -> StoreOptions:
+    store = config.store
+    return StoreOptions(
+        size_bytes=pool_bytes(store),
+        any_size=store.dram_bytes == 0,
+        hugepages=store.hugepages == "auto",
+        prefault=store.prefault,
+        lock=store.lock,
+        threads=store.read_threads,
+        grace_s=config.engine.grace_s,
+    )
 
 
 async def _serve(node: LocalNode, tls: Tls | None, agent: Agent, stop: asyncio.Event) -> None:

@@ -10,20 +10,21 @@ from sllm.agent.changes import Changes
 from sllm.agent.checkpoints import Checkpoints
 from sllm.agent.devices.base import DeviceSource
 from sllm.agent.folders import Folders
-from sllm.agent.inventory import Facts, Identity, InMemory, report
+from sllm.agent.inventory import Facts, Identity, report
 from sllm.agent.launching import Launcher
 from sllm.agent.records import Records
 from sllm.agent.replicas import Replicas
 from sllm.agent.scratch import Scratch
+from sllm.agent.store.base import Store
 from sllm.agent.survey import Seen, Survey
 from sllm.agent.warm.base import Warm
 from sllm.agent.weights import Weights
 from sllm.config import AgentConfig, StoreConfig
+from sllm.core.grant import POOL_CHUNK_BYTES
 from sllm.core.ids import NodeName
 from sllm.core.node import NodeReport
 from sllm.core.residency import Tier, TierUsage
 from sllm.errors import SllmError
-from sllm.loader.memory.pool import Pool
 from sllm.loader.store import SsdStore
 from sllm.rpc.transport import Tls
 from sllm.version import VERSION
@@ -40,7 +41,7 @@ class LocalNode:
         tls: Tls | None,
         folders: Folders,
         *,
-        pool: Pool,
+        store_process: Store,
         devices: DeviceSource,
         warm: Warm,
         changes: Changes,
@@ -49,7 +50,7 @@ class LocalNode:
         self.changes = changes
         self.warm = warm
         self.store = SsdStore(folders.checkpoints, config.store.ssd_bytes)
-        self.weights = Weights(pool, self.store, changes.notify)
+        self.weights = Weights(store_process, self.store, changes.notify)
         self.records = Records(folders.run)
         store = self.store
         self.survey = Survey(
@@ -85,7 +86,7 @@ class LocalNode:
         return report(self._identity(address), self._facts())
 
     async def close(self, *, stop_hosts: bool) -> None:
-        """Stop all that this process runs; engine hosts are left running unless `stop_hosts`."""
+        """Stop all that this process runs; engine hosts and the store process are left running unless `stop_hosts`."""
         await self.checkpoints.close()
         if stop_hosts:
             await self.replicas.stop_all()
@@ -93,7 +94,7 @@ class LocalNode:
             await self.replicas.detach_all()
         await self.warm.close()
         self.records.close()
-        self.weights.close()
+        await self.weights.close(stop=stop_hosts)
         self.survey.close()
 
     def _identity(self, address: str) -> Identity:
@@ -106,7 +107,6 @@ class LocalNode:
         )
 
     def _facts(self) -> Facts:
-        pool = self.weights.pool
         return Facts(
             revision=self.changes.revision,
             warm=self.warm.about,
@@ -114,23 +114,19 @@ class LocalNode:
             holders=self.replicas.leases.holders,
             stored=self.store.entries(),
             damaged=self.store.damaged(),
-            in_memory=tuple(
-                InMemory(digest=held.digest, size_bytes=held.size_bytes, ready=held.ready) for held in pool.regions()
-            ),
+            in_memory=self.weights.in_memory,
             replicas=self.replicas.statuses(),
             ssd=TierUsage(
                 tier=Tier.SSD,
                 capacity_bytes=self.survey.seen.ssd_capacity_bytes,
                 used_bytes=self.store.used_bytes,
             ),
-            dram=TierUsage(tier=Tier.DRAM, capacity_bytes=pool.budget_bytes, used_bytes=pool.used_bytes),
+            dram=self.weights.usage,
+            loads=self.weights.loads,
         )
 
 
-def open_pool(config: StoreConfig) -> Pool:
-    """Return an empty pool with the budget that the configuration gives it."""
-    return Pool(config.dram_bytes or _available_bytes() // _DRAM_SHARE, _available_bytes)
-
-
-def _available_bytes() -> int:
-    return int(psutil.virtual_memory().available)
+def pool_bytes(config: StoreConfig) -> int:
+    """Return the size of the pool, in whole chunks: what the configuration says, or a share of the free memory."""
+    wanted = config.dram_bytes or int(psutil.virtual_memory().available) // _DRAM_SHARE
+    return max(1, wanted // POOL_CHUNK_BYTES) * POOL_CHUNK_BYTES

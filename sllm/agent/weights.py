@@ -1,149 +1,213 @@
-"""The loading queue: checkpoints from SSD into the DRAM pool, one read at a time, first come first served.
+"""The weights of this node's checkpoints in memory: grants of them from the store process, and what it has to tell.
 
-What is in the pool already bypasses the queue. Starts that want the same checkpoint share one read, which is cancelled
-when the last of them goes away.
+The bytes themselves never come here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from threading import Event
+from pathlib import Path
+from typing import TypeVar
 
-from sllm.agent.threads import run_cancellable
-from sllm.errors import InvalidCheckpoint
-from sllm.loader.manifest import Manifest, layout
-from sllm.loader.memory import region
-from sllm.loader.memory.pool import Pool, Region
-from sllm.loader.store import SsdStore
+from sllm.agent.inventory import InMemory
+from sllm.agent.store.base import Store
+from sllm.agent.store.client import Died, Granted, StoreClient, Wanted
+from sllm.agent.store.protocol import Damaged, Loaded, Priority
+from sllm.core.node import LoadReport
+from sllm.core.residency import Tier, TierUsage
+from sllm.errors import SllmError
+from sllm.loader.memory.table import Entry, EntryState
+from sllm.loader.runtime_layouts import CHECKPOINT, RuntimeLayout
+from sllm.loader.store import SsdStore, StoredCheckpoint
 
 log = logging.getLogger(__name__)
 
-# Called with the done share (0..1) of the read, from 0.0 when it begins.
-Listener = Callable[[float], None]
-_REPORT_STEP = 0.01
+T = TypeVar("T")
 
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    listeners: list[Listener] = field(default_factory=list)
-    progress: float | None = None  # None: it waits for its turn
-    task: asyncio.Task[Region] | None = None
-
-    def tell(self, progress: float) -> None:
-        self.progress = progress
-        for listener in self.listeners:
-            listener(progress)
+_KEPT_LOADS = 16
+_FEED_BYTES = 4096  # longer than any packet of a feed
+_ATTEMPTS = 3  # of asking, when the store process dies before it answers
 
 
 class Weights:
-    """Belongs to the event loop; only the reading itself is in a thread. `on_change`: what the pool holds changed."""
+    """Belongs to the event loop. `on_change`: what the pool holds changed, or a load has ended."""
 
-    def __init__(self, pool: Pool, store: SsdStore, on_change: Callable[[], None]) -> None:
-        self.pool = pool
+    def __init__(self, process: Store, store: SsdStore, on_change: Callable[[], None]) -> None:
+        self._process = process
         self._store = store
         self._on_change = on_change
-        self._turn = asyncio.Lock()  # its waiters are served in order
-        self._loads: dict[str, _Load] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._loads: deque[LoadReport] = deque(maxlen=_KEPT_LOADS)
+        self._count = 0
+        self._prefetches: set[asyncio.Task[None]] = set()
+        process.start(self)
 
     @asynccontextmanager
-    async def pinned(self, manifest: Manifest, listener: Listener) -> AsyncIterator[Region]:
-        """Hold a checkpoint in memory, reading it first if need be. Raises InvalidCheckpoint, CapacityExceeded."""
-        held = self.pool.find(manifest.checkpoint.digest)
-        if held is not None and held.ready:
-            self.pool.pin(held, time.monotonic())
-        else:
-            held = await self._loaded(manifest, listener)
+    async def granted(
+        self,
+        stored: StoredCheckpoint | RuntimeLayout,
+        *,
+        partition: int = 0,
+        priority: Priority = Priority.REQUEST,
+        deadline_s: float = 0.0,
+    ) -> AsyncIterator[Granted]:
+        """Grant a partition: its bytes are in memory, or on their way, as the feed tells (sllm.core.grant).
+
+        Comes when the load's turn in the queue has come; leaving closes both descriptors, after which whoever has got
+        copies of them still holds the memory. Raises InvalidCheckpoint, CapacityExceeded, DeadlineExceeded,
+        Unavailable.
+        """
+        granted = await self._open(self._wanted(stored, partition, priority, deadline_s))
         try:
-            yield held
+            yield granted
         finally:
-            self.pool.unpin(held, time.monotonic())
-            self._on_change()
+            granted.close()
+
+    def prefetch(self, stored: StoredCheckpoint | RuntimeLayout, *, partition: int = 0) -> None:
+        """Have it in memory when it may soon be wanted. Returns at once; a failure is only logged."""
+        task = asyncio.create_task(self._prefetch(self._wanted(stored, partition, Priority.PREFETCH, 0.0)))
+        self._prefetches.add(task)
+        task.add_done_callback(self._prefetches.discard)
+
+    async def verify(self, folder: Path, progress: Callable[[int, int], None], *, deep: bool = False) -> None:
+        """Verify a checkpoint's files on SSD, whenever nothing is loaded; `progress` gets done and total bytes.
+
+        Raises the InvalidCheckpoint that says what is wrong.
+        """
+        await self._asked(lambda client: client.check(str(folder), progress, deep=deep))
 
     def forget(self, digest: str) -> None:
-        """Drop a checkpoint that nothing uses."""
-        held = self.pool.find(digest)
-        if held is not None and held.ready and held.pins == 0:
-            self.pool.drop(held)
-            self._on_change()
+        """Free the memory of a checkpoint that is gone, in all its layouts."""
+        if self._process.is_there:
+            task = asyncio.create_task(self._forget({e.digest for e in self._entries if e.checkpoint == digest}))
+            self._prefetches.add(task)
+            task.add_done_callback(self._prefetches.discard)
 
-    def close(self) -> None:
-        self._reader.shutdown(wait=False)
-        self.pool.close()
+    @property
+    def loads(self) -> tuple[LoadReport, ...]:
+        """The last loads, the oldest first."""
+        return tuple(self._loads)
 
-    async def _loaded(self, manifest: Manifest, listener: Listener) -> Region:
-        digest = manifest.checkpoint.digest
-        load = self._loads.get(digest) or self._begin(manifest)
-        assert load.task is not None
-        load.listeners.append(listener)
-        if load.progress is not None:
-            listener(load.progress)
-        try:
-            held = await asyncio.shield(load.task)
-            self.pool.pin(held, time.monotonic())
-            return held
-        finally:
-            load.listeners.remove(listener)
-            if not load.listeners:
-                await self._end(digest, load, load.task)
+    @property
+    def usage(self) -> TierUsage:
+        used_bytes = sum(entry.held_bytes for entry in self._entries)
+        return TierUsage(tier=Tier.DRAM, capacity_bytes=self._process.size_bytes, used_bytes=used_bytes)
 
-    def _begin(self, manifest: Manifest) -> _Load:
-        load = _Load()
-        load.task = asyncio.create_task(self._load(load, manifest))
-        self._loads[manifest.checkpoint.digest] = load
-        return load
+    @property
+    def in_memory(self) -> tuple[InMemory, ...]:
+        """What the pool holds, by checkpoint: ready if one of its layouts is."""
+        by_checkpoint: dict[str, list[Entry]] = {}
+        for entry in self._entries:
+            by_checkpoint.setdefault(entry.checkpoint, []).append(entry)
+        return tuple(
+            InMemory(
+                digest=digest,
+                size_bytes=sum(entry.size_bytes for entry in entries),
+                ready=self._process.is_there and _is_ready(entries),
+            )
+            for digest, entries in by_checkpoint.items()
+        )
 
-    async def _end(self, digest: str, load: _Load, task: asyncio.Task[Region]) -> None:
-        if self._loads.get(digest) is load:
-            del self._loads[digest]
-        task.cancel()
-        await asyncio.wait([task])
-        if not task.cancelled() and task.exception() is None:
-            self.pool.unpin(task.result(), time.monotonic())  # the load's own pin
+    async def close(self, *, stop: bool) -> None:
+        """Leave the store process running, or `stop` it."""
+        for task in self._prefetches:
+            task.cancel()
+        await self._process.close(stop=stop)
 
-    async def _load(self, load: _Load, manifest: Manifest) -> Region:
-        async with self._turn:
-            entries, size_bytes = layout(manifest.tensors)
-            held = self.pool.reserve(manifest.checkpoint.digest, entries, size_bytes, time.monotonic())
-            load.tell(0.0)
-            self._on_change()
+    # --- what the store process says --------------------------------------------------------
+
+    def changed(self) -> None:
+        self._on_change()
+
+    def loaded(self, loaded: Loaded) -> None:
+        self._count += 1
+        report = LoadReport(
+            number=self._count,
+            digest=loaded.checkpoint,
+            size_bytes=loaded.size_bytes,
+            tier=Tier.SSD,
+            queue_s=loaded.queue_s,
+            read_s=loaded.read_s,
+        )
+        self._loads.append(report)
+        self._on_change()
+
+    def damaged(self, damaged: Damaged) -> None:
+        """Use a copy no more whose bytes are not what was written."""
+        for stored in self._store.entries():
+            if str(self._store.folder(stored)) == damaged.folder and stored.manifest.digest == damaged.digest:
+                log.error("checkpoint %s is put in quarantine: %s", stored.checkpoint.name, damaged.message)
+                self._store.quarantine(stored)
+        for layout in self._store.runtimes():
+            if str(layout.folder) == damaged.folder:
+                log.error("runtime layout %s is removed: %s", layout.folder.name, damaged.message)
+                self._store.drop_runtime(layout.manifest.key)
+        self._on_change()
+
+    # ----------------------------------------------------------------------------------------
+
+    @property
+    def _entries(self) -> tuple[Entry, ...]:
+        return self._process.entries
+
+    def _wanted(
+        self, stored: StoredCheckpoint | RuntimeLayout, partition: int, priority: Priority, deadline_s: float
+    ) -> Wanted:
+        digest = stored.manifest.digest
+        if isinstance(stored, RuntimeLayout):
+            folder, checkpoint = stored.folder, stored.manifest.key.get(CHECKPOINT, digest)
+        else:
+            folder, checkpoint = self._store.folder(stored), digest
+        return Wanted(
+            digest=digest,
+            checkpoint=checkpoint,
+            folder=str(folder),
+            partition=partition,
+            priority=priority,
+            deadline_s=deadline_s,
+        )
+
+    async def _open(self, wanted: Wanted) -> Granted:
+        return await self._asked(lambda client: client.open(wanted))
+
+    async def _asked(self, question: Callable[[StoreClient], Awaitable[T]]) -> T:
+        """Ask the store process, and if it dies the next one. Raises Died when that goes on."""
+        for _ in range(_ATTEMPTS - 1):
             try:
-                await self._read(load, manifest, held)
-            except BaseException:
-                self.pool.drop(held)
-                raise
-            finally:
-                self._on_change()
-            return held
+                return await question(await self._process.client())
+            except Died as error:
+                log.warning("%s: it is asked again", error)
+        return await question(await self._process.client())
 
-    async def _read(self, load: _Load, manifest: Manifest, held: Region) -> None:
-        began = time.monotonic()
-        loop = asyncio.get_running_loop()
-        reported = 0.0
-
-        def progress(done_bytes: int) -> None:  # in a reading thread, one at a time
-            nonlocal reported
-            share = done_bytes / max(1, manifest.checkpoint.size_bytes)
-            if share - reported >= _REPORT_STEP:
-                reported = share
-                loop.call_soon_threadsafe(load.tell, share)
-
-        def read(cancel: Event) -> None:
-            self._store.check(manifest)
-            chunks = tuple(region.reads(manifest.tensors, held.tensors))
-            region.fill(held.fd, self._store.folder(manifest), chunks, progress=progress, cancelled=cancel.is_set)
-
+    async def _prefetch(self, wanted: Wanted) -> None:
         try:
-            await run_cancellable(self._reader, read)
-        except InvalidCheckpoint as error:
-            log.error("checkpoint %s is damaged: %s", manifest.checkpoint.name, error)
-            self._store.quarantine(manifest)
-            raise
-        held.ready = True
-        held.reload_s = time.monotonic() - began
+            granted = await self._open(wanted)
+            os.close(granted.lease_fd)  # it may go again before anybody wants it
+            await _fed(granted.feed_fd)
+        except SllmError as error:
+            log.warning("%s is not prefetched: %s", wanted.folder, error)
+
+    async def _forget(self, digests: set[str]) -> None:
+        client = await self._process.client()
+        for digest in digests:
+            client.forget(digest)
+
+
+def _is_ready(entries: list[Entry]) -> bool:
+    """True if the whole of one layout is there."""
+    unready = {entry.digest for entry in entries if entry.state is not EntryState.READY or entry.is_ring}
+    return any(entry.digest not in unready for entry in entries)
+
+
+async def _fed(feed_fd: int) -> None:
+    """Keep a feed open, which keeps its load wanted, until it ends; and close it."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(fileno=feed_fd) as feed:
+        feed.setblocking(False)
+        while await loop.sock_recv(feed, _FEED_BYTES):
+            pass

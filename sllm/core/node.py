@@ -9,7 +9,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device
 from sllm.core.ids import NodeName
 from sllm.core.replica import ReplicaStatus
-from sllm.core.residency import Residency, TierUsage
+from sllm.core.residency import Residency, Tier, TierUsage
 
 
 class NodeState(StrEnum):
@@ -22,11 +22,28 @@ class NodeState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """One load that ended well: what the bandwidth of a tier is estimated from (paper §5.1).
+
+    `size_bytes` came from `tier` in `read_s` seconds, after `queue_s` seconds in the node's loading queue. `number`
+    grows with each load of an agent's incarnation; `digest` is the checkpoint's.
+    """
+
+    number: int
+    digest: str
+    size_bytes: int
+    tier: Tier
+    queue_s: float
+    read_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
     """The whole state of a node, as its agent sees it. Level-triggered: the latest report is the truth.
 
     `incarnation` is drawn anew by each start of an agent; `revision` grows with each change within an incarnation.
-    `architectures` lists what the node's engine can serve; empty means that it is not known yet.
+    `architectures` lists what the node's engine can serve; empty means that it is not known yet. `loads` are the last
+    loads, the oldest first.
     """
 
     name: NodeName
@@ -42,6 +59,7 @@ class NodeReport:
     checkpoints: tuple[Checkpoint, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
     architectures: tuple[str, ...] = ()
+    loads: tuple[LoadReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

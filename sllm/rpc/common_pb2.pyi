@@ -342,8 +342,24 @@ class ReplicaStatus(_message.Message):
     memory_bytes: int
     def __init__(self, spec: _Optional[_Union[ReplicaSpec, _Mapping]] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., phase: _Optional[_Union[StartPhase, str]] = ..., progress: _Optional[float] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ..., phases_s: _Optional[_Mapping[str, float]] = ..., started_at: _Optional[float] = ..., ready_at: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
+class LoadReport(_message.Message):
+    __slots__ = ("number", "digest", "size_bytes", "tier", "queue_s", "read_s")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    READ_S_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    digest: str
+    size_bytes: int
+    tier: Tier
+    queue_s: float
+    read_s: float
+    def __init__(self, number: _Optional[int] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., read_s: _Optional[float] = ...) -> None: ...
+
 class NodeReport(_message.Message):
-    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures")
+    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures", "loads")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +373,7 @@ class NodeReport(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURES_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     revision: int
@@ -370,7 +387,8 @@ class NodeReport(_message.Message):
     checkpoints: _containers.RepeatedCompositeFieldContainer[Checkpoint]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     architectures: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ...) -> None: ...
+    loads: _containers.RepeatedCompositeFieldContainer[LoadReport]
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[LoadReport, _Mapping]]] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("report", "state", "last_seen", "cordoned")

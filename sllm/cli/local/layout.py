@@ -85,7 +85,8 @@ def agent_config(wish: Wish, machine: Machine, index: int, controller: str) -> d
         "state_dir": wish.state / name,
         "tls": _tls(wish, name),
         "devices": _devices(wish, machine, index),
-        "store": {"dram_bytes": machine.free_bytes // _POOL_SHARE // wish.nodes},
+        # Memory comes as it is used: a laptop has other uses for it.
+        "store": {"dram_bytes": machine.free_bytes // _POOL_SHARE // wish.nodes, "prefault": False},
         # A clean stop leaves nothing, unlike that of a server's agent, whose engine hosts go on.
         "engine": {"kind": wish.engine.value, "grace_s": GRACE_S, "stop_with_agent": True},
     }

@@ -1,0 +1,231 @@
+"""The agent's end of one connection to a store process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from sllm.agent.store import protocol
+from sllm.agent.store.channel import Channel, close_all
+from sllm.agent.store.protocol import Malformed, Message, Priority
+from sllm.core.grant import Grant
+from sllm.errors import SllmError, Unavailable, error_from
+from sllm.loader.memory.table import Entry
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What to load: one partition of the checkpoint in `folder`, whose manifest has `digest`. `checkpoint` is the
+    digest that it stands for, which is another one for a runtime layout."""
+
+    digest: str
+    checkpoint: str
+    folder: str
+    partition: int = 0
+    priority: Priority = Priority.REQUEST
+    deadline_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """A grant with its two descriptors (sllm.core.grant), which are open until `close`."""
+
+    grant: Grant
+    lease_fd: int
+    feed_fd: int
+
+    def close(self) -> None:
+        close_all((self.lease_fd, self.feed_fd))
+
+
+class Listener(Protocol):
+    """Who wants to know what the store process says of its own accord."""
+
+    def changed(self) -> None: ...
+    def loaded(self, loaded: protocol.Loaded) -> None: ...
+    def damaged(self, damaged: protocol.Damaged) -> None: ...
+
+
+class Died(Unavailable):
+    """The store process ended before it answered: ask the next one."""
+
+
+class StoreClient:
+    """Takes over `sock`. `entries` mirrors the pool's table, by generation; `pool_fd` is the pool's descriptor, from
+    the welcome on; both are still there after the store process has died."""
+
+    def __init__(self, sock: socket.socket, listener: Listener) -> None:
+        loop = asyncio.get_running_loop()
+        self.entries: dict[int, Entry] = {}
+        self.pool_fd = -1
+        self._listener = listener
+        self._ids = itertools.count(1)
+        self._welcome: asyncio.Future[protocol.Welcome] = loop.create_future()
+        self._closed: asyncio.Future[None] = loop.create_future()
+        self._grants: dict[int, asyncio.Future[Granted]] = {}
+        self._checks: dict[int, tuple[asyncio.Future[None], Callable[[int, int], None]]] = {}
+        self._channel = Channel(sock, self._take, self._end)
+        self._channel.send(protocol.Hello(version=protocol.VERSION))
+
+    async def welcome(self) -> protocol.Welcome:
+        """Return what the store process says of itself, once `entries` and `pool_fd` are there. Raises Died."""
+        return await asyncio.shield(self._welcome)
+
+    async def closed(self) -> None:
+        """Return when the store process is gone."""
+        await asyncio.shield(self._closed)
+
+    async def open(self, wanted: Wanted) -> Granted:
+        """Ask for a grant and wait for it; the caller closes it. Raises what the load ended with, and Died."""
+        number = next(self._ids)
+        answer: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
+        self._check_open()
+        self._grants[number] = answer
+        self._channel.send(
+            protocol.Open(
+                id=number,
+                digest=wanted.digest,
+                checkpoint=wanted.checkpoint,
+                folder=wanted.folder,
+                partition=wanted.partition,
+                priority=wanted.priority,
+                deadline_s=wanted.deadline_s,
+            )
+        )
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                answer.result().close()
+            self._channel.send(protocol.Abandon(id=number))
+            raise
+        finally:
+            self._grants.pop(number, None)
+
+    async def check(self, folder: str, progress: Callable[[int, int], None], *, deep: bool = False) -> None:
+        """Verify the files in a folder; `progress` gets done and total bytes. Raises what is wrong, and Died."""
+        number = next(self._ids)
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._check_open()
+        self._checks[number] = (answer, progress)
+        self._channel.send(protocol.Check(id=number, folder=folder, deep=deep))
+        try:
+            await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            self._channel.send(protocol.Abandon(id=number))
+            raise
+        finally:
+            self._checks.pop(number, None)
+
+    def forget(self, digest: str) -> None:
+        self._channel.send(protocol.Forget(digest=digest))
+
+    def quit(self) -> None:
+        """Tell the process to end."""
+        self._channel.send(protocol.Quit())
+
+    def close(self) -> None:
+        """Leave it running. `pool_fd` is closed with this."""
+        self._channel.close()
+        self._end()
+        if self.pool_fd >= 0:
+            os.close(self.pool_fd)
+            self.pool_fd = -1
+
+    def _check_open(self) -> None:
+        if self._channel.closed:
+            raise _died()
+
+    def _take(self, message: Message, fds: list[int]) -> None:
+        match message:
+            case protocol.Welcome():
+                self._take_welcome(message, fds)
+            case protocol.Granted():
+                self._take_grant(message, fds)
+            case protocol.Refused():
+                self._take_refusal(message)
+            case protocol.Checking() if message.id in self._checks:
+                self._checks[message.id][1](message.done_bytes, message.total_bytes)
+            case protocol.Checked() if message.id in self._checks:
+                _set(self._checks[message.id][0], None)
+            case _:
+                close_all(fds)
+                self._take_news(message)
+
+    def _take_news(self, message: Message) -> None:
+        match message:
+            case protocol.Holds():
+                try:
+                    entry = protocol.entry_from(message.entry)
+                except Malformed:
+                    self._channel.end()
+                    return
+                self.entries[entry.generation] = entry
+                self._listener.changed()
+            case protocol.Gone():
+                self.entries.pop(message.generation, None)
+                self._listener.changed()
+            case protocol.Loaded():
+                self._listener.loaded(message)
+            case protocol.Damaged():
+                self._listener.damaged(message)
+            case _:
+                pass  # the answer to what was called off
+
+    def _take_welcome(self, message: protocol.Welcome, fds: list[int]) -> None:
+        if len(fds) == 1 and self.pool_fd < 0:
+            self.pool_fd = fds[0]
+            _set(self._welcome, message)
+            self._listener.changed()
+        else:
+            close_all(fds)
+            self._channel.end()
+
+    def _take_grant(self, message: protocol.Granted, fds: list[int]) -> None:
+        answer = self._grants.pop(message.id, None)
+        if answer is None or answer.done() or len(fds) != 2:
+            close_all(fds)  # nobody waits for it any more
+            return
+        try:
+            grant = protocol.grant_from(message.grant)
+        except Malformed:
+            close_all(fds)
+            self._channel.end()
+            return
+        answer.set_result(Granted(grant=grant, lease_fd=fds[0], feed_fd=fds[1]))
+
+    def _take_refusal(self, message: protocol.Refused) -> None:
+        error = error_from(message.reason, message.message, hint=message.hint)
+        if message.id in self._grants:
+            _fail(self._grants.pop(message.id), error)
+        elif message.id in self._checks:
+            _fail(self._checks[message.id][0], error)
+
+    def _end(self) -> None:
+        _set(self._closed, None)
+        waiting: list[asyncio.Future[Any]] = [self._welcome, *self._grants.values()]
+        for answer in (*waiting, *(check for check, _ in self._checks.values())):
+            _fail(answer, _died())
+        self._listener.changed()
+
+
+def _died() -> Died:
+    return Died("the store process died", hint="it is started again")
+
+
+def _set(answer: asyncio.Future[T], value: T) -> None:
+    if not answer.done():
+        answer.set_result(value)
+
+
+def _fail(answer: asyncio.Future[T], error: SllmError) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+        answer.exception()  # seen, also when nobody waits

@@ -1,0 +1,58 @@
+"""A store without a process: the same server in the agent's own event loop. For tests of what is above it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from contextlib import suppress
+
+from sllm.agent.store.client import Listener, StoreClient
+from sllm.agent.store.server import Server
+from sllm.loader.memory.shared import SharedPool
+from sllm.loader.memory.table import Entry, Table
+
+
+class FakeStore:
+    """Reads real files into a real, small pool."""
+
+    def __init__(self, size_bytes: int = 64 << 20, *, threads: int = 2) -> None:
+        self._pool = SharedPool.create(size_bytes, hugepages=False)
+        self._threads = threads
+        self._client: StoreClient | None = None
+        self._server: Server | None = None
+        self._work: asyncio.Task[None] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self._pool.size_bytes
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self._client.entries.values()) if self._client else ()
+
+    @property
+    def is_there(self) -> bool:
+        return self._client is not None
+
+    def start(self, listener: Listener) -> None:
+        table = Table(self._pool.size_bytes, time.time_ns() // 1000)
+        self._server = Server(self._pool, table, threads=self._threads, grace_s=60.0)
+        self._work = asyncio.create_task(self._server.run())
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server.accept(theirs)
+        self._client = StoreClient(ours, listener)
+
+    async def client(self) -> StoreClient:
+        assert self._client is not None
+        await self._client.welcome()
+        return self._client
+
+    async def close(self, *, stop: bool) -> None:
+        if self._client is None or self._server is None or self._work is None:
+            return
+        self._client.close()
+        self._server.close()
+        self._work.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._work

@@ -1,0 +1,287 @@
+"""Keeps one store process alive: finds the one that an agent before left, or spawns one; and again when it dies.
+
+The agent holds the pool's descriptor and the last table: a new process takes the memory over with its content, which
+it verifies before it counts. The listening socket is made here and inherited, so that connecting never races with the
+process' start; it has a name (STATE/run/store.sock) for the next agent only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sllm.agent.children import Children
+from sllm.agent.store import protocol
+from sllm.agent.store.channel import memfd_with
+from sllm.agent.store.client import Died, Listener, StoreClient
+from sllm.agent.warm.host import ForkedHost
+from sllm.lifecycle import scratch_environment
+from sllm.loader.memory.table import Entry
+
+log = logging.getLogger(__name__)
+
+BACKOFF_S = (0.1, 30.0)  # first and longest wait before it is spawned again
+_WELCOME_S = 20.0  # for a process to start; one that takes longer is ended
+_FIND_S = 2.0
+_CLOSE_S = 5.0
+_SOCKET = "store.sock"
+_PID = "store.pid"
+_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """`size_bytes` is the pool's; with `any_size` one that is found may have another. `environment` is added to it."""
+
+    size_bytes: int
+    any_size: bool
+    hugepages: bool
+    prefault: bool
+    lock: bool
+    threads: int
+    grace_s: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def arguments(self) -> tuple[str, ...]:
+        values = {"size-bytes": self.size_bytes, "threads": self.threads, "grace-s": self.grace_s}
+        flags = {"hugepages": self.hugepages, "prefault": self.prefault, "lock": self.lock}
+        given = tuple(f"--{name}={value}" for name, value in values.items())
+        return (*given, *(f"--{name}" for name, wanted in flags.items() if wanted))
+
+
+class StoreProcess:
+    """`folder` is the agent's `run` folder, for its socket; `scratch` for temporary files of what it imports."""
+
+    def __init__(self, options: StoreOptions, folder: Path, log_path: Path, scratch: Path, children: Children) -> None:
+        self._options = options
+        self._folder = folder
+        self._log_path = log_path
+        self._scratch = scratch
+        self._children = children
+        self._listener: Listener | None = None
+        self._client: asyncio.Future[StoreClient] | None = None
+        self._last: StoreClient | None = None  # its pool and table are what the next process takes over
+        self._process: ForkedHost | None = None
+        self._size_bytes = options.size_bytes
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self._last.entries.values()) if self._last else ()
+
+    @property
+    def is_there(self) -> bool:
+        return self._client is not None and self._client.done()
+
+    def start(self, listener: Listener) -> None:
+        self._listener = listener
+        self._client = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(), name="store process")
+
+    async def client(self) -> StoreClient:
+        assert self._client is not None
+        return await asyncio.shield(self._client)
+
+    async def close(self, *, stop: bool) -> None:
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._client is not None:
+            self._client.cancel()
+        if self._last is not None:
+            if stop:
+                await self._end(self._last)
+            self._last.close()
+        if self._process is not None:
+            self._process.close()
+
+    async def _supervise(self) -> None:
+        backoff_s = BACKOFF_S[0]
+        while True:
+            was_ready = await self._run_once()
+            backoff_s = BACKOFF_S[0] if was_ready else min(BACKOFF_S[1], backoff_s * 2)
+            await asyncio.sleep(backoff_s)
+
+    async def _run_once(self) -> bool:
+        """Stay with one process to its end; return whether it ever was ready."""
+        assert self._listener is not None
+        try:
+            client = StoreClient(self._reach(), self._listener)
+        except OSError as error:
+            log.error("the store process cannot be started: %s", error)
+            return False
+        try:
+            async with asyncio.timeout(_WELCOME_S):
+                welcome = await client.welcome()
+        except (Died, TimeoutError):
+            log.error("the store process does not answer: see %s", self._log_path)
+            self._kill()
+            client.close()
+            return False
+        self._keep(client)
+        if not self._suits(welcome):
+            log.warning("the store process found is of another version or size: it is replaced")
+            await self._end(client)
+            return True
+        await self._serve(client, welcome)
+        return True
+
+    def _keep(self, client: StoreClient) -> None:
+        if self._last is not None:
+            self._last.close()
+        self._last = client
+
+    def _suits(self, welcome: protocol.Welcome) -> bool:
+        same_size = self._options.any_size or welcome.size_bytes == self._options.size_bytes
+        return welcome.version == protocol.VERSION and same_size
+
+    async def _serve(self, client: StoreClient, welcome: protocol.Welcome) -> None:
+        assert self._client is not None
+        self._size_bytes = welcome.size_bytes
+        log.info("store process %d is ready: a pool of %d bytes", welcome.pid, welcome.size_bytes)
+        self._client.set_result(client)
+        self._changed()
+        try:
+            await client.closed()
+            log.error("the store process ended; what it had in memory is verified by the next one")
+        finally:
+            self._client = asyncio.get_running_loop().create_future()
+            self._changed()
+
+    def _changed(self) -> None:
+        if self._listener is not None:
+            self._listener.changed()
+
+    def _reach(self) -> socket.socket:
+        """Connect to the living process, or to one that is being spawned. Raises OSError."""
+        with _address(self._folder) as address:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return _connected(address)
+            (self._folder / _SOCKET).unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(address)
+                os.chmod(self._folder / _SOCKET, 0o600)
+                listener.listen()
+                self._spawn(listener.fileno())
+                return _connected(address)
+
+    def _spawn(self, listen_fd: int) -> None:
+        adopted = self._inheritance()
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        environment |= scratch_environment(self._scratch) | self._options.environment
+        arguments = (f"--listen-fd={listen_fd}", *self._options.arguments())
+        if adopted:
+            arguments = (*arguments, "--adopt", *map(str, adopted))
+        try:
+            self._run(arguments, (listen_fd, *adopted), environment)
+        finally:
+            for fd in adopted[1:]:
+                os.close(fd)
+
+    def _inheritance(self) -> tuple[int, ...]:
+        """Return the descriptors of pool and table that the next process is to take over, if there are any."""
+        last = self._last
+        if last is None or last.pool_fd < 0 or os.fstat(last.pool_fd).st_size != self._wanted_size():
+            return ()
+        return last.pool_fd, memfd_with("sllm-table", protocol.table_bytes(last.entries.values()))
+
+    def _wanted_size(self) -> int:
+        return self._size_bytes if self._options.any_size else self._options.size_bytes
+
+    def _run(self, arguments: Sequence[str], fds: Sequence[int], environment: Mapping[str, str]) -> None:
+        output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            with self._children.coming():
+                process = subprocess.Popen(
+                    (sys.executable, "-P", "-m", "sllm.agent.store.main", *arguments),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=fds,
+                    env=environment,
+                    start_new_session=True,  # it outlives the agent, and a terminal's Ctrl-C is not for it
+                )
+                self._watch(process.pid)
+                process.returncode = 0  # it is reaped by pidfd; Popen must not try
+        finally:
+            os.close(output)
+
+    def _watch(self, pid: int) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._children.own(pid)
+        self._process = ForkedHost.open(pid, on_end=lambda: self._children.disown(pid))
+        (self._folder / _PID).write_text(str(pid), encoding="ascii")
+
+    async def _end(self, client: StoreClient) -> None:
+        """End a process, whoever spawned it."""
+        client.quit()
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await client.closed()
+        except TimeoutError:
+            self._kill()
+        (self._folder / _SOCKET).unlink(missing_ok=True)
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.signal(signal.SIGKILL)
+
+
+async def present_bytes(folder: Path) -> int:
+    """Return how much memory the pool of a store process that runs already has filled; 0 without one."""
+    try:
+        with _address(folder) as address:
+            client = StoreClient(_connected(address), _Deaf())
+    except OSError:
+        return 0
+    try:
+        async with asyncio.timeout(_FIND_S):
+            await client.welcome()
+            return os.fstat(client.pool_fd).st_blocks * 512
+    except (Died, TimeoutError):
+        return 0
+    finally:
+        client.close()
+
+
+class _Deaf:
+    """Listens to nothing."""
+
+    def changed(self) -> None: ...
+    def loaded(self, loaded: protocol.Loaded) -> None: ...
+    def damaged(self, damaged: protocol.Damaged) -> None: ...
+
+
+@contextlib.contextmanager
+def _address(folder: Path) -> Iterator[str]:
+    """Give the socket an address for a moment: one has room for 107 bytes only, and state folders can lie deeper."""
+    folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder_fd}/{_SOCKET}"
+    finally:
+        os.close(folder_fd)
+
+
+def _connected(address: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,246 @@
+"""What the agent and the store process say to each other. Pure: packets <-> checked values.
+
+One JSON object per packet of a SOCK_SEQPACKET Unix socket, `{"kind": NAME, ...fields}`; descriptors go with it where
+the message says so. A packet that is not of this form is a `Malformed`, never more than the end of that connection.
+
+    agent                                     store process
+      Hello ------------------------------------->
+      <------------------------- Holds, one per entry
+      <------------------------------------- Welcome   + descriptor of the pool, for reading and writing
+      Open --------------------------------------->    (Abandon calls it off while it has no answer)
+      <------------------------------ Granted or Refused     Granted: + lease, feed (sllm.core.grant)
+      Check -------------------------------------->
+      <----------------------- Checking..., Checked or Refused
+      Forget, Quit ------------------------------->
+      <----------------- Holds, Gone, Loaded, Damaged, at any time
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any, get_type_hints
+
+from sllm.core.grant import Extent, Grant
+from sllm.loader.memory.table import Entry
+
+VERSION = 1  # of this protocol: a store process of another one is taken over, with its content
+MAX_PACKET_BYTES = 64 << 10  # what is larger goes in a memfd, see `channel`
+
+
+class Malformed(Exception):
+    """The other end does not speak this protocol."""
+
+
+class Priority(IntEnum):
+    """Who is served first; among equals, who came first."""
+
+    REQUEST = 0  # a request waits for it
+    PREWARM = 1  # a replica that is wanted, though nobody waits yet
+    PREFETCH = 2  # it may be wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Ask for a grant. `id` is the asker's; `folder` has the checkpoint's files; `checkpoint` is the digest that the
+    content stands for. `deadline_s` seconds from now the load is called off for this asker; 0: never."""
+
+    id: int
+    digest: str
+    checkpoint: str
+    folder: str
+    partition: int
+    priority: int
+    deadline_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """Free what the pool has of a content, as far as nobody uses it."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Verify a checkpoint's files on SSD; it rests while anything is loaded. Abandon ends it."""
+
+    id: int
+    folder: str
+    deep: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quit:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    version: int
+    size_bytes: int
+    huge: bool
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holds:
+    """An entry of the pool is new or has changed."""
+
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """With the descriptors of lease and feed."""
+
+    id: int
+    grant: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """An SllmError, as the answer to what has this id."""
+
+    id: int
+    reason: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A partition was read from SSD."""
+
+    checkpoint: str
+    size_bytes: int
+    queue_s: float
+    read_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged:
+    """The files of a folder are not what was written."""
+
+    digest: str
+    folder: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checking:
+    id: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    id: int
+
+
+Message = (
+    Hello
+    | Open
+    | Abandon
+    | Forget
+    | Check
+    | Quit
+    | Welcome
+    | Holds
+    | Gone
+    | Granted
+    | Refused
+    | Loaded
+    | Damaged
+    | Checking
+    | Checked
+)
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in Message.__args__}
+_HINTS = {kind: get_type_hints(kind) for kind in _KINDS.values()}
+_PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps({"kind": type(message).__name__.lower(), **asdict(message)}).encode()
+
+
+def decode(packet: bytes) -> Message:
+    """Raises Malformed."""
+    try:
+        values = json.loads(packet)
+        kind = _KINDS[values.pop("kind")]
+        message: Message = kind(**values)
+        for field in fields(kind):
+            _check(_HINTS[kind][field.name], getattr(message, field.name))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Malformed(f"{type(error).__name__}: {error}") from error
+    return message
+
+
+def _check(hint: Any, value: Any) -> None:
+    kinds = _PLAIN.get(hint, (dict,))
+    if type(value) not in kinds or (type(value) is int and abs(value) >= 1 << 63):
+        raise ValueError(f"{str(value)[:40]!r} is no {hint}")
+
+
+def grant_of(entry: Entry, ready_chunks: int) -> dict[str, Any]:
+    """Return the grant of an entry, as it is sent."""
+    grant = Grant(
+        digest=entry.digest,
+        partition=entry.partition,
+        generation=entry.generation,
+        size_bytes=entry.size_bytes,
+        chunk_bytes=entry.chunk_bytes,
+        extents=entry.extents,
+        slots=entry.slots,
+        ready_chunks=ready_chunks,
+    )
+    return asdict(grant)
+
+
+def grant_from(values: dict[str, Any]) -> Grant:
+    """Raises Malformed."""
+    try:
+        return Grant(**{**values, "extents": tuple(Extent(*extent) for extent in values["extents"])})
+    except (TypeError, KeyError) as error:
+        raise Malformed(f"no grant: {error}") from error
+
+
+def entry_from(values: dict[str, Any]) -> Entry:
+    """Raises Malformed."""
+    try:
+        return Entry.from_json(values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise Malformed(f"no entry: {error}") from error
+
+
+def table_bytes(entries: Iterable[Entry]) -> bytes:
+    """Return a whole table, as it is handed to a new store process."""
+    return json.dumps([entry.as_json() for entry in entries]).encode()
+
+
+def table_from(content: bytes) -> tuple[Entry, ...]:
+    """Raises Malformed."""
+    try:
+        return tuple(entry_from(values) for values in json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise Malformed(f"no table: {error}") from error
