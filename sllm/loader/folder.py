@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -14,9 +15,11 @@ from sllm.errors import (
     ManifestMissing,
     PartitionMissing,
     PartitionTruncated,
+    SllmError,
 )
 from sllm.loader.format import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse
-from sllm.loader.source import open_regular
+
+_OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing of the file
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -58,6 +61,20 @@ def _size(path: Path, missing: type[InvalidCheckpoint]) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise missing(f"{path} is not a regular file")
     return status.st_size
+
+
+def open_regular(path: Path) -> int:
+    """Open a file that must be a regular one; O_NONBLOCK, so that a pipe in its place cannot hang the caller."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _OUR_FAULT:
+            raise SllmError(f"cannot read {path}: {error.strerror}", hint="raise the limit of open files") from error
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise InvalidCheckpoint(f"{path} is not a regular file")
 
 
 def open_file(path: Path, missing: type[InvalidCheckpoint]) -> int:

@@ -43,6 +43,7 @@ _HASH = re.compile(r"[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTITION = re.compile(r"partition-[0-9]{3}\.bin")
 _BODY_KEYS = {"layout", "key", "model", "chunk_bytes", "partitions", "execution_files", "kinds", "tensors"}
+_HEADER_KEYS = {"format", "version", "digest", "created_at", "source"}
 _COLUMNS = ("names", "partitions", "offsets", "kinds")
 LAYOUTS = ("hf", "runtime")
 
@@ -276,9 +277,12 @@ def _check_header(header: dict[str, Any]) -> None:
         raise ManifestMalformed("the manifest has no version")
     if version > VERSION:
         raise FormatTooNew(f"the checkpoint has format version {version}; this sllm reads up to {VERSION}")
-    for name, kinds in (("digest", str), ("source", str), ("created_at", (int, float))):
-        if not isinstance(header.get(name), kinds):
-            raise ManifestMalformed(f"the manifest's header has no {name}")
+    if header.keys() != _HEADER_KEYS:
+        raise ManifestMalformed(f"the manifest's header does not have exactly {', '.join(sorted(_HEADER_KEYS))}")
+    if not isinstance(header["digest"], str) or not isinstance(header["source"], str):
+        raise ManifestMalformed("the manifest's header has a digest or a source that is not text")
+    if type(header["created_at"]) not in (int, float) or not 0 <= header["created_at"] < _LIMIT:
+        raise ManifestMalformed("the manifest's header has a created_at that is not a time")
 
 
 def _manifest(header: dict[str, Any], values: dict[str, Any]) -> Manifest:
@@ -296,7 +300,7 @@ def _manifest(header: dict[str, Any], values: dict[str, Any]) -> Manifest:
         tensors=_tensors(values["tensors"], kinds, tuple(p.size_bytes for p in partitions)),
         chunk_bytes=chunk_bytes,
         layout=values["layout"],
-        key=_texts(values["key"]),
+        key=_key(values["key"], values["layout"]),
         model=_model(values["model"]),
         execution_files=_files(values["execution_files"]),
         source=header["source"],
@@ -386,8 +390,9 @@ def _model(value: Any) -> ModelFacts | None:
 
 def _files(rows: Any) -> tuple[StoredFile, ...]:
     files = tuple(_file(row) for row in _list(rows, "execution_files"))
-    if len({file.path for file in files}) != len(files):
-        raise ManifestMalformed("an execution file is named twice")
+    paths = [file.path for file in files]
+    if paths != sorted(set(paths)):
+        raise ManifestMalformed("the execution files are not sorted by name, or one is named twice")
     return files
 
 
@@ -396,7 +401,8 @@ def _file(row: Any) -> StoredFile:
         raise ManifestMalformed("an execution file must have path, size_bytes and sha256")
     path = row["path"]
     # A plain name: it can lead nowhere.
-    if not isinstance(path, str) or not path.isprintable() or "/" in path or path in ("", ".", "..", MANIFEST):
+    plain = isinstance(path, str) and path.isprintable() and "/" not in path and path not in ("", ".", "..", MANIFEST)
+    if not plain or _PARTITION.fullmatch(path):
         raise ManifestMalformed(f"an execution file has the name {str(path)[:80]!r}")
     return StoredFile(
         path=path, size_bytes=_count(row["size_bytes"], f"size_bytes of {path}"), sha256=_sha256(row["sha256"], path)
@@ -421,9 +427,11 @@ def _object(data: bytes, what: str) -> dict[str, Any]:
     return values
 
 
-def _texts(value: Any) -> dict[str, str]:
+def _key(value: Any, layout: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
         raise ManifestMalformed("key must map names to texts")
+    if bool(value) != (layout == "runtime"):
+        raise ManifestMalformed(f"a checkpoint of layout {layout} must {'not ' if value else ''}have a key")
     return value
 
 

@@ -11,33 +11,41 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sllm.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from sllm.errors import InvalidCheckpoint, UnknownDtype, UnsupportedCheckpoint
+from sllm.loader.dtypes import ITEM_BYTES
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # as the format's own reader
 _MAX_DIMENSIONS = 64  # torch's limit
 
-# tag -> (torch dtype by name, bytes per element)
-_DTYPES: dict[str, tuple[str, int]] = {
-    "BOOL": ("bool", 1),
-    "U8": ("uint8", 1),
-    "I8": ("int8", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
-    "F8_E8M0": ("float8_e8m0fnu", 1),
-    "U16": ("uint16", 2),
-    "I16": ("int16", 2),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "U32": ("uint32", 4),
-    "I32": ("int32", 4),
-    "F32": ("float32", 4),
-    "U64": ("uint64", 8),
-    "I64": ("int64", 8),
-    "F64": ("float64", 8),
-    "C64": ("complex64", 8),
+# tag -> torch dtype by name
+_DTYPES: dict[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+# Sub-byte tags -> (the dtype of their containers, so many elements, in so many containers of a byte); torch has none of
+# 6 bits.
+_PACKED: dict[str, tuple[str, int, int]] = {
+    "F4": ("float4_e2m1fn_x2", 2, 1),
+    "F6_E2M3": ("uint8", 4, 3),
+    "F6_E3M2": ("uint8", 4, 3),
 }
 
 
@@ -107,27 +115,34 @@ def _check_metadata(metadata: Any, shard: str) -> None:
 def _tensor(name: str, entry: Any, base: int, shard: str) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InvalidCheckpoint(f"{shard}: tensor {name!r} lacks dtype, shape or data_offsets")
-    dtype, item_bytes = _dtype(name, entry["dtype"], shard)
-    shape = _counts(name, "shape", entry["shape"], shard)
+    dtype, shape = _dtype(name, entry["dtype"], _counts(name, "shape", entry["shape"], shard), shard)
     offsets = _counts(name, "data_offsets", entry["data_offsets"], shard)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InvalidCheckpoint(f"{shard}: tensor {name!r} has offsets {list(offsets)}, not [begin, end]")
     size_bytes = offsets[1] - offsets[0]
-    if math.prod(shape) * item_bytes != size_bytes:
+    if math.prod(shape) * ITEM_BYTES[dtype] != size_bytes:
         raise InvalidCheckpoint(
-            f"{shard}: tensor {name!r} of shape {list(shape)} and dtype {entry['dtype']} cannot have {size_bytes} bytes"
+            f"{shard}: tensor {name!r} ({entry['dtype']}, shape {entry['shape']}) cannot have {size_bytes} bytes"
         )
     return StoredTensor(
         name=name, shard=shard, offset=base + offsets[0], size_bytes=size_bytes, dtype=dtype, shape=shape
     )
 
 
-def _dtype(name: str, tag: Any, shard: str) -> tuple[str, int]:
+def _dtype(name: str, tag: Any, shape: tuple[int, ...], shard: str) -> tuple[str, tuple[int, ...]]:
+    """Return torch's dtype, and the shape in elements of that."""
     if not isinstance(tag, str):
         raise InvalidCheckpoint(f"{shard}: tensor {name!r} has a dtype that is not text")
+    if tag in _PACKED:
+        dtype, elements, containers = _PACKED[tag]
+        if not shape or shape[-1] % elements:
+            raise UnsupportedCheckpoint(
+                f"{shard}: tensor {name!r} of dtype {tag} and shape {list(shape)} does not fill whole bytes"
+            )
+        return dtype, (*shape[:-1], shape[-1] // elements * containers)
     if tag not in _DTYPES:
-        raise UnsupportedCheckpoint(f"{shard}: tensor {name!r} has dtype {tag[:32]!r}, which is not supported")
-    return _DTYPES[tag]
+        raise UnknownDtype(f"{shard}: tensor {name!r} has dtype {tag[:32]!r}, which is not supported")
+    return _DTYPES[tag], shape
 
 
 def _counts(name: str, what: str, values: Any, shard: str) -> tuple[int, ...]:

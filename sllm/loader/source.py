@@ -1,4 +1,6 @@
-"""Looks at a folder of safetensors and says what it holds, or why it is refused. Reads; writes nothing.
+"""Looks at a folder to add and says what it holds, or why it is refused. Reads; writes nothing.
+
+It may be a folder of safetensors, or a checkpoint of our own format.
 
 The folder is distrusted: symlinks may not lead out of it (a snapshot in a Hugging Face cache may use its blobs), only
 regular files are opened, and weights are safetensors or nothing, because unpickling runs whatever code the file holds.
@@ -6,14 +8,13 @@ regular files are opened, and weights are safetensors or nothing, because unpick
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm.errors import InvalidArgument, InvalidCheckpoint, NotFound, SllmError
+from sllm.errors import InvalidArgument, InvalidCheckpoint, NotFound, UnsupportedCheckpoint
 from sllm.loader.facts import (
     CONFIG,
     check_shards_present,
@@ -21,11 +22,12 @@ from sllm.loader.facts import (
     model_facts,
     shards_in_index,
 )
-from sllm.loader.format import MANIFEST, ModelFacts
+from sllm.loader.folder import check_sizes, open_regular, read_manifest
+from sllm.loader.format import MANIFEST, Manifest, ModelFacts
 from sllm.loader.safetensors import LENGTH_BYTES, StoredTensor, header_bytes, parse
 
-_OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing of the file
 INDEX = "model.safetensors.index.json"
+_FIRST_PARTITION = "partition-000.bin"
 MAX_EXECUTION_FILE_BYTES = 64 << 20
 _PICKLE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 # Weights in other forms, and code: neither is needed to serve the safetensors beside them.
@@ -43,16 +45,17 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A folder that was found to be in order. `facts` is None if it need not have a config.json and has none."""
+    """A folder that was found to be in order.
+
+    `facts` is None if it need not have a config.json and has none. `manifest` is set if it is a checkpoint of our own
+    format; `shards` are its partitions then, and `tensors` is empty.
+    """
 
     facts: ModelFacts | None
     shards: tuple[SourceFile, ...]
     execution_files: tuple[SourceFile, ...]
     tensors: tuple[StoredTensor, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(file.size_bytes for file in (*self.shards, *self.execution_files))
+    manifest: Manifest | None = None
 
 
 def locate(source: str, roots: Sequence[Path]) -> Path:
@@ -88,6 +91,8 @@ def _boundary(folder: Path, roots: Sequence[Path]) -> Path:
 
 def examine(folder: Path, roots: Sequence[Path] = (), *, need_config: bool = True) -> Source:
     """Check a folder completely, all but the tensors' values. Raises InvalidCheckpoint, UnsupportedCheckpoint."""
+    if os.path.lexists(folder / _FIRST_PARTITION):
+        return _examine_checkpoint(folder, need_config)
     files = _files(folder, _boundary(folder, roots))
     if need_config and CONFIG not in files:
         raise InvalidCheckpoint(f"{folder} has no {CONFIG}", hint="is this a Hugging Face model folder?")
@@ -105,6 +110,30 @@ def examine(folder: Path, roots: Sequence[Path] = (), *, need_config: bool = Tru
     return Source(facts=facts, shards=shards, execution_files=execution, tensors=tensors)
 
 
+def _examine_checkpoint(folder: Path, need_config: bool) -> Source:
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    if manifest.layout != "hf":
+        raise UnsupportedCheckpoint(
+            f"{folder} is a layout of an engine's own", hint="name the checkpoint that it was made from"
+        )
+    if need_config and manifest.model is None:
+        raise InvalidCheckpoint(f"{folder} does not say which model it is", hint="convert a folder with a config.json")
+    return Source(
+        facts=manifest.model,
+        shards=tuple(
+            SourceFile(path=partition.file, real=folder / partition.file, size_bytes=partition.size_bytes)
+            for partition in manifest.partitions
+        ),
+        execution_files=tuple(
+            SourceFile(path=file.path, real=folder / file.path, size_bytes=file.size_bytes)
+            for file in manifest.execution_files
+        ),
+        tensors=(),
+        manifest=manifest,
+    )
+
+
 def _facts(files: Mapping[str, SourceFile], need_config: bool) -> ModelFacts | None:
     if CONFIG not in files:
         return None
@@ -113,7 +142,7 @@ def _facts(files: Mapping[str, SourceFile], need_config: bool) -> ModelFacts | N
     except InvalidCheckpoint:
         if need_config:
             raise
-        return None  # a configuration of something else, a library's own say
+        return None  # a library's folder may have a config.json that is not a model's
 
 
 def read_tensors(shard: SourceFile) -> tuple[StoredTensor, ...]:
@@ -121,20 +150,6 @@ def read_tensors(shard: SourceFile) -> tuple[StoredTensor, ...]:
     with os.fdopen(open_regular(shard.real), "rb") as file:
         length = header_bytes(file.read(LENGTH_BYTES), shard.size_bytes, shard.path)
         return parse(file.read(length), shard.size_bytes, shard.path)
-
-
-def open_regular(path: Path) -> int:
-    """Open a file that must be a regular one; O_NONBLOCK, so that a pipe in its place cannot hang the caller."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in _OUR_FAULT:
-            raise SllmError(f"cannot read {path}: {error.strerror}", hint="raise the limit of open files") from error
-        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
-    raise InvalidCheckpoint(f"{path} is not a regular file")
 
 
 def read_small(file: SourceFile) -> bytes:

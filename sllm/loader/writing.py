@@ -187,17 +187,18 @@ class CheckpointWriter:
         partition_bytes: Sequence[int],
         meter: Meter | None = None,
         *,
+        chunk_bytes: int | None = None,
         replace_anything: bool = False,
     ) -> None:
         self._sizes = tuple(partition_bytes)
-        self._chunk_bytes = chunk_bytes_for(max(self._sizes))
+        self._chunk_bytes = chunk_bytes or chunk_bytes_for(max(self._sizes))
         self._meter = meter or Meter(sum(self._sizes))
-        self._partitions: list[Partition] = []
+        self.partitions: list[Partition] = []
         self._files: list[StoredFile] = []
         self._buffers = [memoryview(mmap.mmap(-1, self._chunk_bytes)) for _ in range(_BUFFERS)]
-        self._name = str(path)
+        self._path = str(path)
         self._threads = _Threads()
-        with _writing(self._name):
+        with _writing(self._path):
             self._work = WorkFolder(path, replace_anything) if path is not None else None
 
     def __enter__(self) -> Self:
@@ -212,13 +213,13 @@ class CheckpointWriter:
     @contextmanager
     def partition(self) -> Iterator[PartitionWriter]:
         """Write the next partition."""
-        number = len(self._partitions)
+        number = len(self.partitions)
         file, size = f"partition-{number:03d}.bin", self._sizes[number]
-        with _writing(self._name), self._opened(file, size) as fd:
+        with _writing(self._path), self._opened(file, size) as fd:
             writer = PartitionWriter(fd, size, self._buffers, self._threads, self._meter)
             try:
                 yield writer
-                self._partitions.append(writer.finish(file))
+                self.partitions.append(writer.finish(file))
             except BaseException:
                 self._threads.end()  # before the file is closed under them
                 raise
@@ -226,7 +227,7 @@ class CheckpointWriter:
     def add_file(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write an execution file."""
         digest, size = hashlib.sha256(), 0
-        with _writing(self._name), self._created(name) as file:
+        with _writing(self._path), self._created(name) as file:
             for piece in pieces:
                 digest.update(piece)
                 size += len(piece)
@@ -255,7 +256,7 @@ class CheckpointWriter:
         manifest = parse(
             to_bytes(
                 Manifest(
-                    partitions=tuple(self._partitions),
+                    partitions=tuple(self.partitions),
                     tensors=tensors,
                     chunk_bytes=self._chunk_bytes,
                     layout=layout,
@@ -270,7 +271,7 @@ class CheckpointWriter:
         if approve:
             approve(manifest)
         if self._work:
-            with _writing(self._name):
+            with _writing(self._path):
                 self._publish(self._work, to_bytes(manifest))
         return manifest
 

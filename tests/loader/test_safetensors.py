@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sllm.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from sllm.errors import InvalidCheckpoint, UnknownDtype, UnsupportedCheckpoint
 from sllm.loader.safetensors import MAX_HEADER_BYTES, StoredTensor, header_bytes, parse
 
 SHARD = "model.safetensors"
@@ -101,8 +101,32 @@ def test_refuses_a_size_that_dtype_and_shape_do_not_make(packed_raw: Callable[[b
 
 
 def test_refuses_a_dtype_it_does_not_know_as_unsupported(packed_raw: Callable[[bytes, bytes], bytes]) -> None:
-    with pytest.raises(UnsupportedCheckpoint, match="F4"):
-        read(packed_raw(entry(dtype="F4"), bytes(8)))
+    with pytest.raises(UnknownDtype, match="I128"):
+        read(packed_raw(entry(dtype="I128"), bytes(8)))
+
+
+@pytest.mark.parametrize(
+    ("tag", "shape", "size", "dtype", "read_as"),
+    [
+        ("F4", [3, 4], 6, "float4_e2m1fn_x2", (3, 2)),
+        ("F6_E2M3", [2, 8], 12, "uint8", (2, 6)),
+        ("F6_E3M2", [4], 3, "uint8", (3,)),
+        ("F8_E8M0", [8], 8, "float8_e8m0fnu", (8,)),
+    ],
+)
+def test_elements_of_less_than_a_byte_are_taken_in_the_bytes_that_hold_them(
+    packed_raw: Callable[[bytes, bytes], bytes], tag: str, shape: list[int], size: int, dtype: str, read_as: Any
+) -> None:
+    (tensor,) = read(packed_raw(entry(dtype=tag, shape=shape, data_offsets=[0, size]), bytes(size)))
+    assert (tensor.dtype, tensor.shape, tensor.size_bytes) == (dtype, read_as, size)
+
+
+@pytest.mark.parametrize("shape", [[], [3], [4, 1]])
+def test_refuses_elements_that_do_not_fill_their_bytes(
+    packed_raw: Callable[[bytes, bytes], bytes], shape: list[int]
+) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match="does not fill whole bytes"):
+        read(packed_raw(entry(dtype="F4", shape=shape), bytes(8)))
     with pytest.raises(InvalidCheckpoint, match="not text"):
         read(packed_raw(entry(dtype=4), bytes(8)))
 
