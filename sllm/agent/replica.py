@@ -146,7 +146,7 @@ class Replica:
             await self._served(host)
 
     def _on_read(self, progress: float) -> None:
-        self._apply(PhaseBegan(phase=StartPhase.READING))
+        self._apply(PhaseBegan(phase=StartPhase.LOADING))
         self._apply(Progressed(progress=progress))
 
     async def _served(self, host: EngineHost) -> None:

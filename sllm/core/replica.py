@@ -20,9 +20,9 @@ class StartPhase(StrEnum):
     """Phases of a replica's start, in order. Their durations add up to its activation time."""
 
     QUEUED = "queued"  # waits for the node's loading queue or for the warm process
-    READING = "reading"  # SSD -> DRAM
     FORKING = "forking"  # warm process -> engine host
-    BUILDING = "building"  # engine construction, DRAM -> device included
+    LOADING = "loading"  # SSD -> DRAM, while the engine is under construction
+    BUILDING = "building"  # the rest of the construction, DRAM -> device included
     READY = "ready"
 
 

@@ -58,7 +58,7 @@ class StartPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     START_PHASE_UNSPECIFIED: _ClassVar[StartPhase]
     START_PHASE_QUEUED: _ClassVar[StartPhase]
-    START_PHASE_READING: _ClassVar[StartPhase]
+    START_PHASE_LOADING: _ClassVar[StartPhase]
     START_PHASE_FORKING: _ClassVar[StartPhase]
     START_PHASE_BUILDING: _ClassVar[StartPhase]
     START_PHASE_READY: _ClassVar[StartPhase]
@@ -116,7 +116,7 @@ REPLICA_STATE_STOPPING: ReplicaState
 REPLICA_STATE_FAILED: ReplicaState
 START_PHASE_UNSPECIFIED: StartPhase
 START_PHASE_QUEUED: StartPhase
-START_PHASE_READING: StartPhase
+START_PHASE_LOADING: StartPhase
 START_PHASE_FORKING: StartPhase
 START_PHASE_BUILDING: StartPhase
 START_PHASE_READY: StartPhase

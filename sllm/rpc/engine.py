@@ -30,7 +30,8 @@ class AttachRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostStatus:
-    """The engine host's own account of its replica; the agent copies it into its report."""
+    """The engine host's own account of its replica; the agent copies it into its report. `runtime_saved`: it has
+    written its parameters to where its launch said."""
 
     replica: ReplicaId
     state: ReplicaState
@@ -42,6 +43,7 @@ class HostStatus:
     running: int = 0
     waiting: int = 0
     memory_bytes: int = 0
+    runtime_saved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

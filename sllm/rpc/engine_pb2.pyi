@@ -30,7 +30,7 @@ class AttachRequest(_message.Message):
     def __init__(self, nonce: _Optional[str] = ...) -> None: ...
 
 class HostStatus(_message.Message):
-    __slots__ = ("replica", "state", "phase", "progress", "error", "error_reason", "phases_s", "running", "waiting", "memory_bytes")
+    __slots__ = ("replica", "state", "phase", "progress", "error", "error_reason", "phases_s", "running", "waiting", "memory_bytes", "runtime_saved")
     class PhasesSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class HostStatus(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_SAVED_FIELD_NUMBER: _ClassVar[int]
     replica: str
     state: _common_pb2.ReplicaState
     phase: _common_pb2.StartPhase
@@ -58,7 +59,8 @@ class HostStatus(_message.Message):
     running: int
     waiting: int
     memory_bytes: int
-    def __init__(self, replica: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.ReplicaState, str]] = ..., phase: _Optional[_Union[_common_pb2.StartPhase, str]] = ..., progress: _Optional[float] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ..., phases_s: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    runtime_saved: bool
+    def __init__(self, replica: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.ReplicaState, str]] = ..., phase: _Optional[_Union[_common_pb2.StartPhase, str]] = ..., progress: _Optional[float] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ..., phases_s: _Optional[_Mapping[str, float]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., runtime_saved: bool = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ("drain_s",)

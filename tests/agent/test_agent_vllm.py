@@ -87,7 +87,7 @@ async def test_a_real_engine_starts_from_memory_dies_and_starts_again(
     assert Tier.DRAM in {residency.tier for residency in report.residencies}
     await agent.start_replica(make_spec(digest, id=ReplicaId("rep-2"), generation=2, devices=CPU))
     status = await agent.replica_in("ready", within_s=60.0)
-    assert "reading" not in status.phases_s
+    assert "loading" not in status.phases_s
     unknown = AddCheckpointCommand(
         epoch=1,
         operation=OperationId("op-2"),

@@ -58,7 +58,7 @@ REPLICA = ReplicaStatus(
         max_model_len=512,
     ),
     state=ReplicaState.STARTING,
-    phase=StartPhase.READING,
+    phase=StartPhase.LOADING,
     progress=0.42,
     phases_s={"queued": 0.01},
     started_at=NOON,

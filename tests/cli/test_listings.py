@@ -23,7 +23,7 @@ def test_status_is_three_tables(ask):
     ]
     assert "org/demo" in answer.out
     assert "a request waits" in answer.out
-    assert "starting: reading 42%" in answer.out
+    assert "starting: loading 42%" in answer.out
     assert answer.err == ""
 
 

@@ -80,13 +80,13 @@ def test_one_line_has_no_line_breaks_and_no_control_characters():
 def test_progress_lines_come_by_phase_and_by_tenth(capsys):
     lines = Lines("deploy demo")
     for share in (0.0, 0.05, 0.1, 0.11, 1.0):
-        lines.update("reading", share)
+        lines.update("loading", share)
     lines.update("building", None)
     lines.update("building", None)
     lines.update("", None)
     assert capsys.readouterr().err.splitlines() == [
-        "deploy demo: reading 0%",
-        "deploy demo: reading 10%",
-        "deploy demo: reading 100%",
+        "deploy demo: loading 0%",
+        "deploy demo: loading 10%",
+        "deploy demo: loading 100%",
         "deploy demo: building",
     ]

@@ -28,9 +28,9 @@ async def test_a_cold_request_starts_a_replica_and_is_granted_it(bench):
     (listed,) = (await bench.control.list_requests(Empty())).requests
     assert (listed.state, listed.replica, listed.prompt_tokens) == (RequestState.HELD, None, 3), "before any report"
     (replica,) = agent.replicas
-    agent.progress(replica, phase=StartPhase.READING, progress=0.42)
-    await bench.until(lambda: any(u.phase == "reading" for u in seen))
-    assert next(u.progress for u in seen if u.phase == "reading") == 0.42
+    agent.progress(replica, phase=StartPhase.LOADING, progress=0.42)
+    await bench.until(lambda: any(u.phase == "loading" for u in seen))
+    assert next(u.progress for u in seen if u.phase == "loading") == 0.42
     agent.finish()
     row = await request
     assert row.replica == replica

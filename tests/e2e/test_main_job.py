@@ -189,7 +189,7 @@ def test_a_held_stream_gets_comments_with_progress_until_it_starts(cluster: Clus
     assert lines[: len(comments)].count("") <= len(comments), "comments come first"
     # A start from DRAM may be quicker than the first comment is due.
     for comment in comments:
-        assert any(word in comment for word in ("waiting", "queued", "reading", "forking", "building")), comment
+        assert any(word in comment for word in ("waiting", "queued", "forking", "loading", "building")), comment
 
 
 def test_requests_are_listed_while_they_run_and_freed_when_the_client_leaves(cluster: Cluster) -> None:

@@ -96,7 +96,7 @@ class FakeController:
         return Empty()
 
     async def _wait_for_ever(self, request: AcquireRequest) -> AsyncIterator[AcquireUpdate]:
-        yield AcquireUpdate(phase="reading", progress=0.42)
+        yield AcquireUpdate(phase="loading", progress=0.42)
         await asyncio.Event().wait()
 
 

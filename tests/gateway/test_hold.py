@@ -43,7 +43,7 @@ async def test_with_room_the_controller_is_not_asked(cluster: Any, a_route: Any)
 
 async def test_a_request_for_a_sleeping_deployment_is_held_until_a_replica_is_ready(cluster: Any, a_route: Any) -> None:
     _, target = await cluster.host()
-    cluster.controller.on_acquire = answering(AcquireUpdate(phase="reading"), AcquireUpdate(target=target))
+    cluster.controller.on_acquire = answering(AcquireUpdate(phase="loading"), AcquireUpdate(target=target))
     await cluster.publish(a_route("m"))
     answer = await cluster.http.post(COMPLETIONS, json=ASKED)
     assert answer.json()["text"] == "Hello there."
@@ -55,7 +55,7 @@ async def test_a_request_for_a_sleeping_deployment_is_held_until_a_replica_is_re
 async def test_a_held_stream_gets_progress_comments_then_tokens(cluster: Any, a_route: Any) -> None:
     _, target = await cluster.host()
     go = asyncio.Event()
-    waiting = AcquireUpdate(phase="reading", progress=0.42)
+    waiting = AcquireUpdate(phase="loading", progress=0.42)
     cluster.controller.on_acquire = answering(waiting, AcquireUpdate(target=target), go=go)
     await cluster.publish(a_route("m"))
     async with cluster.http.stream("POST", COMPLETIONS, json=STREAMED) as answer:
@@ -63,7 +63,7 @@ async def test_a_held_stream_gets_progress_comments_then_tokens(cluster: Any, a_
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.headers["x-request-id"].startswith("req-")
         lines = answer.aiter_lines()
-        assert await anext(lines) == ": reading 42%"
+        assert await anext(lines) == ": loading 42%"
         go.set()
         rest = [line async for line in lines]
     events = [json.loads(line[6:]) for line in rest if line.startswith("data: {")]

@@ -268,7 +268,7 @@ async def test_a_stream_held_over_a_cold_start_is_whole(
     go = asyncio.Event()
 
     async def acquire(request: AcquireRequest) -> AsyncIterator[AcquireUpdate]:
-        yield AcquireUpdate(phase="reading", progress=0.42)
+        yield AcquireUpdate(phase="loading", progress=0.42)
         await go.wait()
         yield AcquireUpdate(target=target)
 
@@ -278,7 +278,7 @@ async def test_a_stream_held_over_a_cold_start_is_whole(
     async with vllm_cluster.http.stream("POST", COMPLETIONS, json=asked) as answer:
         lines = answer.aiter_lines()
         async for line in lines:
-            if line == ": reading 42%":
+            if line == ": loading 42%":
                 break
         go.set()
         events = [line[6:] async for line in lines if line.startswith("data: ")]

@@ -43,7 +43,7 @@ class Routes:
             self.watcher_left.set()
 
     async def acquire(self, request: AcquireRequest) -> AsyncIterator[AcquireUpdate]:
-        yield AcquireUpdate(phase="reading", progress=0.5)
+        yield AcquireUpdate(phase="loading", progress=0.5)
         if self.error:
             raise self.error
 
@@ -82,7 +82,7 @@ async def test_an_error_in_a_stream_arrives_after_what_came_before_it(service: t
     with pytest.raises(NotFound):
         async for update in client.acquire(request):
             updates.append(update)  # noqa: PERF401
-    assert updates == [AcquireUpdate(phase="reading", progress=0.5)]
+    assert updates == [AcquireUpdate(phase="loading", progress=0.5)]
 
 
 async def test_the_text_of_a_foreign_exception_never_leaves_the_server(service: tuple[Routes, RouteClient]) -> None:
