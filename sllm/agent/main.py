@@ -41,7 +41,15 @@ async def run(config: AgentConfig, tail: LogTail) -> None:
         become_subreaper()
         node = await _open(config, tls, folders)
         try:
-            await _serve(node, tls, Agent(node.checkpoints, node.replicas, node.store, tail, folders.log), stop)
+            agent = Agent(
+                checkpoints=node.checkpoints,
+                replicas=node.replicas,
+                store=node.store,
+                weights=node.weights,
+                tail=tail,
+                log_folder=folders.log,
+            )
+            await _serve(node, tls, agent, stop)
         finally:
             await node.close(stop_hosts=config.engine.stop_with_agent)
     finally:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 
 from sllm.agent.checkpoints import Checkpoints
 from sllm.agent.logs import tail_lines
 from sllm.agent.replicas import Replicas
+from sllm.agent.verifying import verify
+from sllm.agent.weights import Weights
 from sllm.core.checkpoint import ExecutionFile
 from sllm.errors import InvalidArgument, NotFound, StaleGeneration
 from sllm.loader.store import SsdStore
@@ -22,6 +25,7 @@ from sllm.rpc.agents import (
     RemoveCheckpointCommand,
     StartReplicaCommand,
     StopReplicaCommand,
+    VerifyCheckpointCommand,
 )
 from sllm.rpc.control import Empty, LogChunk
 
@@ -35,11 +39,19 @@ class Agent:
     """Implements `sllm.rpc.agents.AgentService`."""
 
     def __init__(
-        self, checkpoints: Checkpoints, replicas: Replicas, store: SsdStore, tail: LogTail, log_folder: Path
+        self,
+        *,
+        checkpoints: Checkpoints,
+        replicas: Replicas,
+        store: SsdStore,
+        weights: Weights,
+        tail: LogTail,
+        log_folder: Path,
     ) -> None:
         self._checkpoints = checkpoints
         self._replicas = replicas
         self._store = store
+        self._weights = weights
         self._tail = tail
         self._log_folder = log_folder
         self._epoch = 0
@@ -57,6 +69,12 @@ class Agent:
         self._admit(request.epoch)
         await self._checkpoints.remove(request.name)
         return Empty()
+
+    async def verify_checkpoint(self, request: VerifyCheckpointCommand) -> AsyncIterator[AddProgress]:
+        self._admit(request.epoch)
+        async with aclosing(verify(self._store, self._weights, request.name, deep=request.deep)) as verification:
+            async for progress in verification:
+                yield progress
 
     async def start_replica(self, request: StartReplicaCommand) -> Empty:
         self._admit(request.epoch)
