@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from sllm.agent.changes import Changes
 from sllm.agent.weights import Weights
@@ -12,7 +12,9 @@ from sllm.loader.store import SsdStore
 from sllm.rpc.agents import AddProgress
 
 
-async def verify(store: SsdStore, weights: Weights, name: CheckpointName, *, deep: bool) -> AsyncIterator[AddProgress]:
+async def verify(
+    store: SsdStore, weights: Weights, name: CheckpointName, *, deep: bool
+) -> AsyncGenerator[AddProgress, None]:
     """Yield progress; the last has the checkpoint. What is found damaged is used no more.
 
     Raises NotFound, and the InvalidCheckpoint that says what is wrong.
