@@ -41,7 +41,8 @@ class Channel:
         return self._closed
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send, or queue. The descriptors are taken over, and closed once they are sent or cannot be."""
+        """Send, or queue; nothing is called back from here. The descriptors are taken over, and closed once they are
+        sent or cannot be."""
         packet = encode(message)
         if len(packet) > MAX_PACKET_BYTES:
             packet, fds = _LARGE, (memfd_with("sllm-message", packet), *fds)
@@ -50,9 +51,9 @@ class Channel:
             self._discard()
         elif len(self._waiting) == 1:
             self._flush()
-        elif len(self._waiting) > _MAX_WAITING:
+        elif len(self._waiting) == _MAX_WAITING:
             log.error("the other end does not read what it is sent: the connection is closed")
-            self.end()
+            self._loop.call_soon(self.end)
 
     def close(self) -> None:
         """Close this end; `on_end` is not called."""
@@ -79,7 +80,6 @@ class Channel:
                 self._loop.add_writer(self._sock, self._flush)
                 return
             except OSError:
-                # Not here: whoever sends is in the middle of something.
                 self._loop.call_soon(self.end)
                 return
             self._waiting.popleft()

@@ -72,7 +72,7 @@ class StoreClient:
         self._grants: dict[int, asyncio.Future[Granted]] = {}
         self._checks: dict[int, tuple[asyncio.Future[None], Callable[[int, int], None]]] = {}
         self._channel = Channel(sock, self._take, self._end)
-        self._channel.send(protocol.Hello(version=protocol.VERSION))
+        self._channel.send(protocol.Hello(release=protocol.RELEASE))
 
     async def welcome(self) -> protocol.Welcome:
         """Return what the store process says of itself, once `entries` and `pool_fd` are there. Raises Died."""

@@ -8,17 +8,20 @@ import time
 from contextlib import suppress
 
 from sllm.agent.store.client import Listener, StoreClient
+from sllm.agent.store.load import OpenSource
 from sllm.agent.store.server import Server
 from sllm.loader.memory.shared import SharedPool
 from sllm.loader.memory.table import Entry, Table
+from sllm.loader.storage.direct import DirectFile
 
 
 class FakeStore:
-    """Reads real files into a real, small pool."""
+    """Reads real files, or what `open_source` says, into a real, small pool."""
 
-    def __init__(self, size_bytes: int = 64 << 20, *, threads: int = 2) -> None:
+    def __init__(self, size_bytes: int = 64 << 20, *, threads: int = 2, open_source: OpenSource = DirectFile) -> None:
         self._pool = SharedPool.create(size_bytes, hugepages=False)
         self._threads = threads
+        self._open_source = open_source
         self._client: StoreClient | None = None
         self._server: Server | None = None
         self._work: asyncio.Task[None] | None = None
@@ -37,7 +40,7 @@ class FakeStore:
 
     def start(self, listener: Listener) -> None:
         table = Table(self._pool.size_bytes, time.time_ns() // 1000)
-        self._server = Server(self._pool, table, threads=self._threads, grace_s=60.0)
+        self._server = Server(self._pool, table, threads=self._threads, grace_s=60.0, open_source=self._open_source)
         self._work = asyncio.create_task(self._server.run())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.accept(theirs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from sllm.errors import SllmError
 from sllm.failpoints import failpoint
 from sllm.loader.memory.shared import SharedPool
 from sllm.loader.memory.table import Entry
-from sllm.loader.storage.direct import ChunkReader, DirectFile
+from sllm.loader.storage.base import Source
+from sllm.loader.storage.direct import ChunkReader
+
+OpenSource = Callable[[Path, int], Source]  # (path, size in bytes): may block; raises InvalidCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,9 +70,12 @@ class Load:
         if self._reader is not None:
             self._reader.cancel()
 
-    def read(self, pool: SharedPool, entry: Entry, file: str, hashes: Sequence[str], threads: int) -> None:
-        """Read all chunks into the entry's place. Raises what ChunkReader does. Takes its time: give it a thread."""
-        with DirectFile(Path(entry.folder) / file, entry.size_bytes) as source:
+    def read(self, pool: SharedPool, entry: Entry, source: Source, hashes: Sequence[str], threads: int) -> None:
+        """Read all chunks into the entry's place, and close the source. Raises what ChunkReader does.
+
+        Takes its time: give it a thread.
+        """
+        with closing(source):
             self._reader = ChunkReader(
                 source,
                 chunk_bytes=entry.chunk_bytes,

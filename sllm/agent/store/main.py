@@ -13,13 +13,14 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
 import time
 
 from sllm import log as logs
-from sllm.agent.store.protocol import table_from
+from sllm.agent.store.protocol import Malformed, table_from
 from sllm.agent.store.server import Server
 from sllm.loader.memory.shared import SharedPool
 from sllm.loader.memory.table import Table
@@ -31,6 +32,8 @@ def main() -> None:
     options = _parser().parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the agent
     logs.setup(level="info", json_lines=False)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each user of a load has a descriptor here
     asyncio.run(_run(options))
     # Neither a reading thread nor one that fills the pool is waited for.
     os._exit(0)
@@ -80,9 +83,14 @@ def _pool(options: argparse.Namespace) -> tuple[SharedPool, Table]:
     pool_fd, table_fd = options.adopt
     os.set_inheritable(pool_fd, False)
     pool = SharedPool.adopt(pool_fd)
-    entries = table_from(os.pread(table_fd, os.fstat(table_fd).st_size, 0))
-    os.close(table_fd)
-    return pool, Table.adopt(pool.size_bytes, generation, entries, pool.leased)
+    try:
+        entries = table_from(os.pread(table_fd, os.fstat(table_fd).st_size, 0))
+        return pool, Table.adopt(pool.size_bytes, generation, entries, pool.leased)
+    except (Malformed, ValueError) as error:  # what is leased is safe even so
+        log.error("the table of the process before cannot be used, the pool begins empty: %s", error)
+        return pool, Table.adopt(pool.size_bytes, generation, (), pool.leased)
+    finally:
+        os.close(table_fd)
 
 
 if __name__ == "__main__":

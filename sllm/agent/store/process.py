@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sllm.agent.children import Children
+from sllm.agent.logs import tail_lines
 from sllm.agent.store import protocol
 from sllm.agent.store.channel import memfd_with
 from sllm.agent.store.client import Died, Listener, StoreClient
 from sllm.agent.warm.host import ForkedHost
+from sllm.errors import Unavailable
 from sllm.lifecycle import scratch_environment
+from sllm.linux import start_ticks
 from sllm.loader.memory.table import Entry
 
 log = logging.getLogger(__name__)
@@ -122,17 +125,17 @@ class StoreProcess:
         try:
             client = StoreClient(self._reach(), self._listener)
         except OSError as error:
-            log.error("the store process cannot be started: %s", error)
+            self._give_up(f"cannot be started: {error.strerror}")
             return False
         try:
             async with asyncio.timeout(_WELCOME_S):
                 welcome = await client.welcome()
         except (Died, TimeoutError):
-            log.error("the store process does not answer: see %s", self._log_path)
-            self._kill()
+            self._give_up("does not answer")
             client.close()
+            await self._kill()
             return False
-        self._keep(client)
+        self._keep(client, welcome.pid)
         if not self._suits(welcome):
             log.warning("the store process found is of another version or size: it is replaced")
             await self._end(client)
@@ -140,14 +143,26 @@ class StoreProcess:
         await self._serve(client, welcome)
         return True
 
-    def _keep(self, client: StoreClient) -> None:
+    def _keep(self, client: StoreClient, pid: int) -> None:
         if self._last is not None:
             self._last.close()
         self._last = client
+        if self._process is None:  # an agent before this one spawned it
+            self._process = ForkedHost.open(pid)
+
+    def _give_up(self, how: str) -> None:
+        """Fail the starts that wait; later ones wait for the next attempt."""
+        assert self._client is not None
+        last = " | ".join(line.strip() for line in tail_lines(self._log_path, 1))
+        error = Unavailable(f"the store process {how}: {last}", hint=f"see {self._log_path} on the node")
+        log.error("%s", error.message)
+        waiting, self._client = self._client, asyncio.get_running_loop().create_future()
+        waiting.set_exception(error)
+        waiting.exception()  # seen, also when nobody waits
 
     def _suits(self, welcome: protocol.Welcome) -> bool:
         same_size = self._options.any_size or welcome.size_bytes == self._options.size_bytes
-        return welcome.version == protocol.VERSION and same_size
+        return welcome.release == protocol.RELEASE and same_size
 
     async def _serve(self, client: StoreClient, welcome: protocol.Welcome) -> None:
         assert self._client is not None
@@ -158,9 +173,18 @@ class StoreProcess:
         try:
             await client.closed()
             log.error("the store process ended; what it had in memory is verified by the next one")
+            await self._reaped()
         finally:
             self._client = asyncio.get_running_loop().create_future()
             self._changed()
+
+    async def _reaped(self) -> None:
+        """Wait until a process is gone whose connection has ended; one that lives on is connected to again."""
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._process.ended()
+                self._process = None
 
     def _changed(self) -> None:
         if self._listener is not None:
@@ -225,7 +249,7 @@ class StoreProcess:
             self._process.close()
         self._children.own(pid)
         self._process = ForkedHost.open(pid, on_end=lambda: self._children.disown(pid))
-        (self._folder / _PID).write_text(str(pid), encoding="ascii")
+        (self._folder / _PID).write_text(f"{pid} {start_ticks(pid) or 0}", encoding="ascii")
 
     async def _end(self, client: StoreClient) -> None:
         """End a process, whoever spawned it."""
@@ -233,13 +257,25 @@ class StoreProcess:
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await client.closed()
+                if self._process is not None:
+                    await self._process.ended()
         except TimeoutError:
-            self._kill()
+            await self._kill()
         (self._folder / _SOCKET).unlink(missing_ok=True)
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.signal(signal.SIGKILL)
+    async def _kill(self) -> None:
+        process = self._process or self._spawned_before()
+        if process is not None:
+            process.signal(signal.SIGKILL)
+            await process.ended()
+
+    def _spawned_before(self) -> ForkedHost | None:
+        """Return the process that an agent before this one spawned, if it lives."""
+        try:
+            pid, ticks = (self._folder / _PID).read_text(encoding="ascii").split()
+            return ForkedHost.open(int(pid), int(ticks))
+        except (OSError, ValueError):
+            return None
 
 
 async def present_bytes(folder: Path) -> int:

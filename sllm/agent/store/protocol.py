@@ -25,8 +25,10 @@ from typing import Any, get_type_hints
 
 from sllm.core.grant import Extent, Grant
 from sllm.loader.memory.table import Entry
+from sllm.version import VERSION
 
-VERSION = 1  # of this protocol: a store process of another one is taken over, with its content
+_PROTOCOL = 1
+RELEASE = f"{VERSION}/{_PROTOCOL}"  # a store process of another one is replaced, its content taken over
 MAX_PACKET_BYTES = 64 << 10  # what is larger goes in a memfd, see `channel`
 
 
@@ -44,7 +46,7 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    version: int
+    release: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ class Quit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    version: int
+    release: str
     size_bytes: int
     huge: bool
     pid: int

@@ -19,7 +19,7 @@ from sllm.agent.store.channel import Channel, close_all
 from sllm.agent.store.checking import FolderCheck
 from sllm.agent.store.feed import Feed
 from sllm.agent.store.inherited import is_intact
-from sllm.agent.store.load import Asker, Load
+from sllm.agent.store.load import Asker, Load, OpenSource
 from sllm.agent.store.protocol import Abandon, Check, Forget, Hello, Message, Open, Quit
 from sllm.agent.store.queue import LoadingQueue
 from sllm.errors import (
@@ -37,27 +37,41 @@ from sllm.loader.folder import read_manifest
 from sllm.loader.format import Manifest
 from sllm.loader.memory.shared import SharedPool
 from sllm.loader.memory.table import Entry, EntryState, Table
+from sllm.loader.storage.direct import DirectFile
 
 log = logging.getLogger(__name__)
 
 _RING_SLOTS = 8  # chunks in flight of a partition that has no room: enough for all reading threads, twice over
+_PATIENCE_S = 2.0  # with a ring whose reader takes nothing: then the next load begins beside it
+_ACCEPT_AGAIN_S = 1.0  # after a connection could not be accepted
 _UCRED = struct.Struct("@iII")  # pid, uid, gid: SO_PEERCRED, unix(7)
 
 
 class Server:
-    """`quit` is set when an agent says so, or when none has been there for `grace_s`."""
+    """`quit` is set when an agent says so, or when none has been there for `grace_s`. `threads` read from what
+    `open_source` opens."""
 
-    def __init__(self, pool: SharedPool, table: Table, *, threads: int, grace_s: float) -> None:
+    def __init__(
+        self,
+        pool: SharedPool,
+        table: Table,
+        *,
+        threads: int,
+        grace_s: float,
+        open_source: OpenSource = DirectFile,
+    ) -> None:
         self.quit = asyncio.Event()
         self._pool = pool
         self._table = table
         self._threads = threads
         self._grace_s = grace_s
+        self._open_source = open_source
         self._loop = asyncio.get_running_loop()
         self._clients: list[Channel] = []
         self._greeted: list[Channel] = []
         self._loads: dict[tuple[str, int], Load] = {}  # which may be joined: all but rings
         self._rings: list[Load] = []
+        self._reads: set[asyncio.Task[None]] = set()
         self._queue: LoadingQueue[Load] = LoadingQueue()
         self._queued = asyncio.Event()
         self._idle = threading.Event()  # nothing is loaded, nothing waits to be
@@ -109,6 +123,8 @@ class Server:
             sock, _ = self._listener.accept()
         except OSError as error:  # it is gone again, or there are no descriptors left
             log.warning("a connection cannot be accepted: %s", error.strerror)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_ACCEPT_AGAIN_S, self.listen, self._listener)
             return
         self.accept(sock)
 
@@ -156,14 +172,14 @@ class Server:
         for entry in self._table.entries:
             client.send(protocol.Holds(entry=entry.as_json()))
         welcome = protocol.Welcome(
-            version=protocol.VERSION, size_bytes=self._pool.size_bytes, huge=self._pool.huge, pid=os.getpid()
+            release=protocol.RELEASE, size_bytes=self._pool.size_bytes, huge=self._pool.huge, pid=os.getpid()
         )
         client.send(welcome, (os.dup(self._pool.fd),))
         self._greeted.append(client)
 
     def _tell(self, message: Message) -> None:
         for client in self._greeted:
-            client.send(message)
+            client.send(message)  # calls nobody back
 
     # --- what an agent asks -----------------------------------------------------------------
 
@@ -288,7 +304,19 @@ class Server:
                 await self._queued.wait()
             else:
                 self._idle.clear()
-                await self._perform(load)
+                await self._turn(load)
+
+    async def _turn(self, load: Load) -> None:
+        """Return when the next load may begin: after this one, unless it is held up by the reader of a ring."""
+        work = asyncio.create_task(self._perform(load))
+        self._reads.add(work)
+        work.add_done_callback(self._reads.discard)
+        while not work.done():
+            before = load.ready_chunks
+            await asyncio.wait({work}, timeout=_PATIENCE_S)
+            if load in self._rings and load.ready_chunks == before and not work.done():
+                log.warning("%s waits for its reader: the next load begins", load.request.folder)
+                return
 
     async def _perform(self, load: Load) -> None:
         began = time.monotonic()
@@ -356,7 +384,9 @@ class Server:
     async def _read(self, load: Load, manifest: Manifest, began: float) -> None:
         assert load.entry is not None
         partition = manifest.partitions[load.request.partition]
-        await asyncio.to_thread(load.read, self._pool, load.entry, partition.file, partition.chunks, self._threads)
+        path = Path(load.request.folder) / partition.file
+        source = await asyncio.to_thread(self._open_source, path, partition.size_bytes)
+        await asyncio.to_thread(load.read, self._pool, load.entry, source, partition.chunks, self._threads)
         failpoint("after-read")
         read_s = time.monotonic() - began
         if load.entry.is_ring:

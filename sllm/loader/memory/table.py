@@ -73,6 +73,8 @@ class Entry:
         extents = tuple(Extent(*map(_count, extent)) for extent in values["extents"])
         counts = ("generation", "partition", "size_bytes", "chunk_bytes", "slots", "uses")
         checked = {name: _count(values[name]) for name in counts}
+        if checked["chunk_bytes"] == 0:
+            raise ValueError("chunks of no bytes")
         return cls(**{**values, **checked, "extents": extents, "state": EntryState(values["state"])})
 
 
