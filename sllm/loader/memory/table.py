@@ -103,12 +103,12 @@ class Table:
         Memory that no entry accounts for may be leased all the same: it is kept back. Raises ValueError if entries
         overlap or lie outside the pool.
         """
-        table = cls(size_bytes, generation)
+        entries = tuple(entries)
+        table = cls(size_bytes, max([generation, *(entry.generation + 1 for entry in entries)]))
         whole = [entry for entry in entries if entry.state is not EntryState.LOADING and not entry.is_ring]
         for entry in whole:
             table._free.remove(entry.extents)
             table._entries[entry.generation] = replace(entry, state=EntryState.VERIFYING)
-        table._generation = max(generation, *(entry.generation + 1 for entry in whole), generation)
         loose = table._free.extents
         table._free = FreeSpace(())
         table._let_go(loose, leased)
