@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import cache
+from itertools import accumulate, groupby
 from math import prod
 from pathlib import Path
 
@@ -99,22 +100,22 @@ def count_of(kind: str) -> int:
 def shards(kind: str, salt: int) -> Iterator[Tensors]:
     """Yield the tensors, at most SHARD_BYTES at a time; `salt` tells apart two checkpoints of one kind."""
     source = _noise()
-    shard: Tensors = {}
-    size = 0
-    for number, (name, shape) in enumerate(KINDS[kind]()):
-        tensor = _cut(source, shape, salt * 100_003 + number)
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+    for shard in _split(kind):
+        yield {name: _cut(source, shape, salt * 100_003 + number) for number, (name, shape) in shard}
 
 
+def _split(kind: str) -> list[list[tuple[int, tuple[str, tuple[int, ...]]]]]:
+    """Return the numbered names and shapes of each shard."""
+    ends = accumulate(ITEM_BYTES * prod(shape) for _, shape in KINDS[kind]())
+    numbered = zip(ends, enumerate(KINDS[kind]()), strict=True)
+    return [[row for _, row in shard] for _, shard in groupby(numbered, key=lambda each: each[0] // SHARD_BYTES)]
+
+
+@cache
 def _noise() -> torch.Tensor:
-    """Return 128 MB of incompressible weights, from which all others are cut: randn for each would take minutes."""
+    """Return 32 MB of incompressible weights, from which all others are cut: randn for each would take minutes."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(1 << 26, generator=generator) * 0.02).to(torch.bfloat16)
+    return (torch.randn(1 << 24, generator=generator) * 0.02).to(torch.bfloat16)
 
 
 def _cut(source: torch.Tensor, shape: tuple[int, ...], salt: int) -> torch.Tensor:
@@ -133,7 +134,7 @@ def write_safetensors(kind: str, folder: Path, *, salt: int = 0) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    count = sum(1 for _ in shards(kind, salt))
+    count = len(_split(kind))
     places: dict[str, str] = {}
     for number, tensors in enumerate(shards(kind, salt), 1):
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -157,7 +158,7 @@ def write_tensorizer(kind: str, folder: Path, *, salt: int = 0) -> None:
     from tensorizer import TensorSerializer
 
     folder.mkdir(parents=True)
-    (tensors,) = islice(shards(kind, salt), 2)
+    (tensors,) = shards(kind, salt)
     serializer = TensorSerializer(str(folder / "model.tensors"))
     serializer.write_state_dict(tensors)
     serializer.close()

@@ -66,11 +66,12 @@ def load_file(folder: Path) -> Load:
     return load
 
 
-def runai(strategy: str) -> Callable[[Path], Load]:
-    """`strategy` is Run:ai's own word for how it reads; its default is `auto`."""
+def runai(strategy: str | None = None) -> Callable[[Path], Load]:
+    """`strategy` is Run:ai's own word for how it reads; without one it chooses."""
 
     def prepare(folder: Path) -> Load:
-        os.environ["RUNAI_STREAMER_FS_STRATEGY"] = strategy
+        if strategy:
+            os.environ["RUNAI_STREAMER_FS_STRATEGY"] = strategy
         from runai_model_streamer import SafetensorsStreamer
 
         def load() -> Tensors:
@@ -159,7 +160,7 @@ def pool_bytes(folder: Path) -> int:
 
 TORCH = Loader(name="torch.load", package="torch", format="torch", prepare=torch_load)
 LOAD_FILE = Loader(name="safetensors load_file", package="safetensors", format="safetensors", prepare=load_file)
-RUNAI = Loader(name="Run:ai", package="runai-model-streamer", format="safetensors", prepare=runai("auto"))
+RUNAI = Loader(name="Run:ai", package="runai-model-streamer", format="safetensors", prepare=runai())
 RUNAI_DIRECT = Loader(
     name="Run:ai, direct", package="runai-model-streamer", format="safetensors", prepare=runai("io_uring_direct")
 )
