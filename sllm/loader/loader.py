@@ -31,7 +31,7 @@ def load(
     cancelled: Callable[[], bool] | None = None,
     deadline_s: float | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return all tensors of the checkpoint folder `path`, by name, in load order, on `device` ("cpu", "cuda:1").
+    """Return all tensors of the checkpoint folder `path`, by name, in load order, on `device` ("cpu", "cuda").
 
     All tensors are views on one piece of memory, without copies: on the CPU the memory that was read into, a piece of
     `pool` or fresh; on a GPU one block of its memory, for which `pool` (or a little fresh memory) is only passed

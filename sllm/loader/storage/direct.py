@@ -32,6 +32,9 @@ from sllm.errors import (
 from sllm.loader.storage.base import Source
 
 THREADS = 4  # with chunks of 1 to 8 MiB as fast as any disk up to 8.5 GB/s; more gain nothing
+# A chunk is read and hashed in pieces: a piece that has just been read is still in the CPU's cache, where xxh3 is three
+# times as fast as in memory. Any disk is at its full speed with reads of this size.
+PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 4096  # O_DIRECT wants offsets and lengths in whole blocks
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link, never waiting for a FIFO
 _NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
@@ -261,20 +264,29 @@ class ChunkReader:
     def _read(self, chunk: int) -> None:
         offset = chunk * self._chunk_bytes
         with self._place(chunk)[: min(self._chunk_bytes, self._source.size_bytes - offset)] as view:
-            self._fill(view, offset, fresh=False)
-            if self._is_intact(chunk, view):
+            if self._is_intact(chunk, self._fill(view, offset, fresh=False)):
                 return
-            self._fill(view, offset, fresh=True)
-            if not self._is_intact(chunk, view):
+            if not self._is_intact(chunk, self._fill(view, offset, fresh=True)):
                 raise ChunkCorrupt(
                     f"{self._source.name}: chunk {chunk} (bytes {offset} to {offset + len(view)}) "
                     "is not what was written"
                 )
 
-    def _is_intact(self, chunk: int, view: memoryview) -> bool:
-        return self._hashes is None or xxhash.xxh3_64_hexdigest(view) == self._hashes[chunk]
+    def _is_intact(self, chunk: int, found: str) -> bool:
+        return self._hashes is None or found == self._hashes[chunk]
 
-    def _fill(self, view: memoryview, offset: int, *, fresh: bool) -> None:
+    def _fill(self, view: memoryview, offset: int, *, fresh: bool) -> str:
+        """Read one chunk, and return its hash (of nothing, if none is wanted)."""
+        hasher = xxhash.xxh3_64()
+        step = len(view) if self._hashes is None else PIECE_BYTES
+        for start in range(0, len(view), step):
+            piece = view[start : start + step]
+            self._fill_piece(piece, offset + start, fresh=fresh)
+            if self._hashes is not None:
+                hasher.update(piece)
+        return hasher.hexdigest()
+
+    def _fill_piece(self, view: memoryview, offset: int, *, fresh: bool) -> None:
         done = 0
         try:
             while done < len(view):
