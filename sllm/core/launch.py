@@ -1,10 +1,11 @@
 """Launch: what an agent tells its warm process to start, and the record by which an engine host is found again.
 
 Agent and warm process speak over a SOCK_SEQPACKET Unix socket pair, one JSON object per packet: the warm process says
-`{"ready": WarmReady}` once; the agent asks `{"fork": NONCE}`, with three descriptors beside it (SCM_RIGHTS): a memfd
-with the Launch as JSON (an index of 10,000 tensors does not fit in a packet), the weights' memfd, and the log file; the
-warm process answers `{"forked": NONCE, "pid": PID}` or `{"error": TEXT, "nonce": NONCE}` (an empty nonce: it cannot run
-its engine at all, and ends). This module only says what the messages hold; it opens nothing.
+`{"ready": WarmReady}` once; the agent asks `{"fork": NONCE}`, with four descriptors beside it (SCM_RIGHTS): a memfd
+with the Launch as JSON (which need not fit in a packet), the lease and the feed of its grant (see `sllm.core.grant`),
+and the log file; the warm process answers `{"forked": NONCE, "pid": PID}` or `{"error": TEXT, "nonce": NONCE}` (an
+empty nonce: it cannot run its engine at all, and ends). This module only says what the messages hold; it opens
+nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sllm.core.grant import Extent, Grant
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.replica import ReplicaSpec
 
@@ -32,13 +34,16 @@ class TensorEntry:
 class Launch:
     """One engine host to fork. `nonce` proves later that a found process is the one meant.
 
-    `execution_dir` holds the checkpoint's execution files. `record_path` is where the host writes its LaunchRecord,
-    `scratch_dir` where its temporary files go, which are its agent's to remove.
+    `grant` is for the partition of rank `rank` of the checkpoint folder `weights_dir`, whose manifest says what lies
+    where; its layout is "hf", or "runtime" if this deployment's parameters have been saved before. `save_runtime` is
+    the folder to save them in ("": do not). `execution_dir` holds the checkpoint's execution files. `record_path` is
+    where the host writes its LaunchRecord, `scratch_dir` where its temporary files go, which are its agent's to remove.
     """
 
     spec: ReplicaSpec
     nonce: str
-    tensors: tuple[TensorEntry, ...]
+    grant: Grant
+    weights_dir: str
     execution_dir: str
     record_path: str
     scratch_dir: str
@@ -49,6 +54,8 @@ class Launch:
     memory_bytes: int
     kv_cache_bytes: int
     grace_s: float
+    rank: int = 0
+    save_runtime: str = ""
     tls_ca: str = ""
     tls_certificate: str = ""
     tls_key: str = ""
@@ -60,9 +67,8 @@ class Launch:
     def from_json(cls, text: str) -> Launch:
         values: dict[str, Any] = json.loads(text)
         values["spec"] = ReplicaSpec(**{**values["spec"], "devices": tuple(values["spec"]["devices"])})
-        values["tensors"] = tuple(
-            TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["tensors"]
-        )
+        extents = tuple(Extent(*extent) for extent in values["grant"]["extents"])
+        values["grant"] = Grant(**{**values["grant"], "extents": extents})
         values["device_ids"] = tuple(values["device_ids"])
         return cls(**values)
 

@@ -5,29 +5,13 @@ All methods of an `EngineCore` are called in one thread, the engine thread; only
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sllm.core.launch import Launch, TensorEntry
+from sllm.core.launch import Launch
 from sllm.core.tokens import Finish, Logprobs, Prefill, TokenRequest
-
-
-@dataclass(slots=True, kw_only=True)
-class Weights:
-    """A checkpoint's tensors in shared memory. `memory` is mapped MAP_PRIVATE and writable: what an engine writes there
-    stays its own. None where no tensor has bytes, and after `release`."""
-
-    memory: mmap.mmap | None
-    tensors: tuple[TensorEntry, ...]
-
-    def release(self) -> None:
-        """Let go of the memory: it is unmapped with the last tensor that is a view of it, at once if there is none.
-
-        Not `mmap.close`: torch's views do not stop it, and would point nowhere.
-        """
-        self.memory = None
+from sllm.engine.weights import Weights
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,10 +29,13 @@ class Output:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
     """An engine's way to its host, from any thread: `wake` when `has_work` became true by itself; `progress` with the
-    done share (0..1) of its build."""
+    done share (0..1) of its build; `arrived` with the share of its weights that is there; `saved` when its parameters
+    are at `Launch.save_runtime`."""
 
     wake: Callable[[], None]
     progress: Callable[[float], None]
+    arrived: Callable[[float], None]
+    saved: Callable[[], None]
 
 
 class EngineCore(Protocol):

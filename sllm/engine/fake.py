@@ -1,4 +1,5 @@
-"""A language model that needs no weights: seeded, deterministic, on a clock. For tests of everything around an engine.
+"""A language model that does not look at its weights: seeded, deterministic, on a clock. For tests of everything around
+an engine. It waits for its weights, though, as any engine does.
 
 The token at output position p is a hash of (prompt, seed, p), so a resumed request goes on exactly as it would have.
 It understands these of vLLM's sampling parameters: max_tokens, min_tokens, seed, stop_token_ids, ignore_eos, logprobs,
@@ -25,7 +26,8 @@ from typing import Any, Protocol
 
 from sllm.core.launch import Launch
 from sllm.core.tokens import Finish, FinishReason, Logprobs, Prefill, TokenRequest
-from sllm.engine.base import EngineCore, EngineKind, Hooks, Output, Weights
+from sllm.engine.base import EngineCore, EngineKind, Hooks, Output
+from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed, InvalidArgument
 from sllm.version import VERSION
 
@@ -66,6 +68,8 @@ def warm() -> EngineKind:
     settings = FakeSettings.from_environment(os.environ)
 
     def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
+        weights.wait_all()
+        weights.release()
         return build_fake(launch, hooks, settings, _RealClock())
 
     return EngineKind(name="fake", version=VERSION, architectures=(), build=build)

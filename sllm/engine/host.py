@@ -11,6 +11,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from sllm.core.launch import Launch
 from sllm.core.replica import ReplicaState, StartPhase
@@ -57,14 +58,14 @@ class Host:
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(build, self)
         self._requests = Requests()
-        self._board = StatusBoard(
-            HostStatus(replica=launch.spec.id, state=ReplicaState.STARTING, phase=StartPhase.BUILDING)
-        )
+        complete = launch.grant.ready_chunks >= launch.grant.chunks
+        first = StartPhase.BUILDING if complete else StartPhase.LOADING
+        self._board = StatusBoard(HostStatus(replica=launch.spec.id, state=ReplicaState.STARTING, phase=first))
         self._attached = 0
         self._grace: asyncio.TimerHandle | None = None
         self._drain: asyncio.TimerHandle | None = None
         self._load: asyncio.TimerHandle | None = None
-        self._started_at = time.monotonic()
+        self._phase_since = time.monotonic()
         self._failure: EngineFailed | None = None
         self.finished = asyncio.Event()
 
@@ -74,7 +75,7 @@ class Host:
 
     def start(self) -> None:
         """Begin to build the engine, and to count the grace: nobody is attached yet."""
-        self._started_at = time.monotonic()
+        self._phase_since = time.monotonic()
         self._await_agent()
         self._thread.start()
 
@@ -214,14 +215,33 @@ class Host:
 
     # --- the engine thread -----------------------------------------------------------------
 
-    def built(self) -> None:
-        if self.status.state is ReplicaState.STARTING:
-            phases_s = {StartPhase.BUILDING.value: time.monotonic() - self._started_at}
-            self._board.update(state=ReplicaState.READY, phase=StartPhase.READY, progress=1.0, phases_s=phases_s)
+    def arrived(self, share: float) -> None:
+        """A share of the weights is there. Loading ends with the last byte, though the engine was begun before."""
+        if self.status.phase is not StartPhase.LOADING:
+            return
+        if share < 1.0:
+            self._board.update(progress=share)
+        else:
+            self._enter(StartPhase.BUILDING, progress=0.0)
 
     def progressed(self, share: float) -> None:
-        if self.status.state is ReplicaState.STARTING:
+        if self.status.phase is StartPhase.BUILDING:
             self._board.update(progress=share)
+
+    def built(self) -> None:
+        if self.status.state is ReplicaState.STARTING:
+            self.arrived(1.0)  # it may not have asked for all of them
+            self._enter(StartPhase.READY, state=ReplicaState.READY, progress=1.0)
+
+    def _enter(self, phase: StartPhase, **changes: Any) -> None:
+        now = time.monotonic()
+        phases_s = {**self.status.phases_s, self.status.phase.value: now - self._phase_since}
+        self._phase_since = now
+        self._board.update(phase=phase, phases_s=phases_s, **changes)
+
+    def saved(self) -> None:
+        """Its parameters are on the SSD: the agent may use them for the next start."""
+        self._board.update(runtime_saved=True)
 
     def stepped(self, outputs: list[Output]) -> None:
         given_up = self._requests.deliver(outputs, time.monotonic())

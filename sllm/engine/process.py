@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import mmap
 import os
 import resource
 import signal
@@ -19,8 +18,10 @@ from sllm import log as logs
 from sllm.config import TlsConfig
 from sllm.core.device import DeviceKind
 from sllm.core.launch import Launch, LaunchRecord
-from sllm.engine.base import EngineCore, EngineKind, Hooks, Weights
+from sllm.engine.base import EngineCore, EngineKind, Hooks
 from sllm.engine.host import Host
+from sllm.engine.weights import Weights, open_weights
+from sllm.errors import CapacityExceeded, SllmError
 from sllm.linux import PR_SET_NAME, prctl, start_ticks
 from sllm.rpc import transport
 from sllm.rpc.engine import handlers
@@ -37,11 +38,11 @@ _CLOSE_S = 2.0
 _STACKS_BYTES = 512 << 20
 
 
-def become_host(launch: Launch, kind: EngineKind, *, weights_fd: int, log_fd: int) -> int:
+def become_host(launch: Launch, kind: EngineKind, *, lease_fd: int, feed_fd: int, log_fd: int) -> int:
     """Never returns to the warm process' code: the caller exits with the code returned."""
     try:
         _stand_alone(launch, log_fd)
-        weights = Weights(memory=_map(weights_fd), tensors=launch.tensors)
+        weights = _opened(launch, lease_fd, feed_fd)
         if launch.device_kind == DeviceKind.CPU:
             _limit_memory(launch.memory_bytes)
         asyncio.run(_serve(launch, kind, weights))
@@ -75,14 +76,14 @@ def name_process(name: str) -> None:
     prctl(PR_SET_NAME, name.encode())
 
 
-def _map(weights_fd: int) -> mmap.mmap | None:
+def _opened(launch: Launch, lease_fd: int, feed_fd: int) -> Weights | SllmError:
+    """Return the weights, or why there are none: a host must be up to say so."""
     try:
-        size = os.fstat(weights_fd).st_size
-        if size == 0:
-            return None
-        return mmap.mmap(weights_fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    finally:
-        os.close(weights_fd)
+        return open_weights(launch, lease_fd, feed_fd)
+    except OSError as error:
+        return CapacityExceeded(f"the weights cannot be mapped: {error.strerror}")
+    except SllmError as error:
+        return error
 
 
 def _limit_memory(lease_bytes: int) -> None:
@@ -104,18 +105,23 @@ def _status_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def resident_bytes() -> int:
-    """Return the memory this process holds now, the part shared with the warm process included."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+def own_bytes() -> int:
+    """Return the memory this process holds now, the part shared with the warm process included, that of the pool
+    not."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
-async def _serve(launch: Launch, kind: EngineKind, weights: Weights) -> None:
-    inherited = resident_bytes()
+async def _serve(launch: Launch, kind: EngineKind, weights: Weights | SllmError) -> None:
+    inherited = own_bytes()
 
     def build(hooks: Hooks) -> EngineCore:
+        if isinstance(weights, SllmError):
+            raise weights
+        weights.feed.follow(hooks.arrived)
         return kind.build(launch, weights, hooks)
 
-    host = Host(launch, build, memory_bytes=lambda: max(0, resident_bytes() - inherited))
+    host = Host(launch, build, memory_bytes=lambda: max(0, own_bytes() - inherited))
     server, port = await transport.serve([handlers(host)], f"{launch.bind_host}:0", load_tls(_tls(launch)))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, host.drain, 0.0)
     _record(launch, f"{launch.bind_host}:{port}")

@@ -29,6 +29,8 @@ class Listener(Protocol):
     def built(self) -> None: ...
     def failed(self, error: SllmError) -> None: ...
     def progressed(self, share: float) -> None: ...
+    def arrived(self, share: float) -> None: ...
+    def saved(self) -> None: ...
     def stepped(self, outputs: list[Output]) -> None: ...
 
 
@@ -61,7 +63,6 @@ class EngineThread:
         self._listener = listener
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Wake | _Stop] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        self._told_share = 0.0
         self.ended = asyncio.Event()
         # A daemon: a build cannot be interrupted, and must not keep a process that is told to end.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -81,7 +82,7 @@ class EngineThread:
     def _run(self) -> None:
         core: EngineCore | None = None
         try:
-            core = self._build(Hooks(wake=lambda: self._inbox.put(_Wake()), progress=self._progress))
+            core = self._build(self._hooks())
             self._tell(self._listener.built)
             self._serve(core)
         except Exception as error:
@@ -91,6 +92,14 @@ class EngineThread:
             if core is not None:
                 _close(core)
             self._tell(self.ended.set)
+
+    def _hooks(self) -> Hooks:
+        return Hooks(
+            wake=lambda: self._inbox.put(_Wake()),
+            progress=self._in_steps(self._listener.progressed),
+            arrived=self._in_steps(self._listener.arrived),
+            saved=lambda: self._tell(self._listener.saved),
+        )
 
     def _serve(self, core: EngineCore) -> None:
         while self._obey(core):
@@ -120,10 +129,17 @@ class EngineThread:
             finish = Finish(reason=FinishReason.ERROR, error=error)
             self._tell(self._listener.stepped, [Output(key=command.key, token_ids=[], finish=finish)])
 
-    def _progress(self, share: float) -> None:
-        if share >= self._told_share + _PROGRESS_STEP:
-            self._told_share = share
-            self._tell(self._listener.progressed, share)
+    def _in_steps(self, listener: Callable[[float], None]) -> Callable[[float], None]:
+        """Return a function that tells a share only when it has grown by a step, or is all."""
+        told = 0.0
+
+        def tell(share: float) -> None:
+            nonlocal told
+            if share >= told + _PROGRESS_STEP or share >= 1.0 > told:
+                told = share
+                self._tell(listener, share)
+
+        return tell
 
     def _tell(self, function: Callable[..., object], *args: Any) -> None:
         try:

@@ -22,11 +22,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from sllm.core.launch import Launch
 from sllm.core.tokens import Finish, FinishReason, TokenRequest
-from sllm.engine import vllm_loader
-from sllm.engine.base import EngineCore, Hooks, Output, Weights
+from sllm.engine import vllm_loader, vllm_runtime
+from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.vllm_args import engine_config
 from sllm.engine.vllm_errors import build_error
 from sllm.engine.vllm_tokens import engine_request, output_of, sampling_params
+from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed, InvalidArgument, SllmError
 
 
@@ -34,14 +35,17 @@ def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
     """Build vLLM's engine for a launch. Raises the SllmError that says best why it does not come up."""
     torch.set_num_threads(launch.threads)
     config = engine_config(launch)
-    vllm_loader.offer(weights, hooks.progress)
+    offered = vllm_loader.offer(weights, launch, hooks)
     try:
         core = VllmEngineCore(config, _Executor, log_stats=False)
     except Exception as error:
         raise build_error(error) from error
     finally:
         _rendezvous().unlink(missing_ok=True)
-    weights.release()  # the engine has copied what it does not use in place
+        vllm_loader.withdraw()
+        weights.release()  # what the engine uses in place, it keeps
+    if offered.kept is not None:
+        vllm_runtime.save_in_background(offered.kept, launch, hooks.saved)
     return VllmCore(core, hooks)
 
 

@@ -1,4 +1,4 @@
-"""The load format `sllm`: vLLM takes its weights from the shared memory that this process was given.
+"""The load format `sllm`: vLLM takes its weights from the node's pool, which this process has mapped.
 
 `register` is called by vLLM itself, in every process, through the entry point group `vllm.general_plugins`. Which
 memory it is cannot travel through vLLM's configuration, so the engine leaves it in this module with `offer`.
@@ -8,29 +8,42 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any
 
-from sllm.engine.base import Weights
+from sllm.core.launch import Launch
+from sllm.engine.base import Hooks
+from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed
 
 LOAD_FORMAT = "sllm"
 
 
-@dataclass(frozen=True, slots=True)
-class _Offer:
+@dataclass(slots=True)
+class Offer:
+    """What the next model that is built in this process is loaded from. `kept`: parameters to save once it serves."""
+
     weights: Weights
-    progress: Callable[[float], None]
+    launch: Launch
+    hooks: Hooks
+    kept: dict[str, Any] | None = field(default=None)
 
 
-_offered: _Offer | None = None
+_offered: Offer | None = None
 
 
-def offer(weights: Weights, progress: Callable[[float], None]) -> None:
-    """Say what the next model that is built in this process is loaded from."""
+def offer(weights: Weights, launch: Launch, hooks: Hooks) -> Offer:
+    """Say what the next model is loaded from, and return where to find what is left to do after it is built."""
     global _offered
-    _offered = _Offer(weights, progress)
+    _offered = Offer(weights, launch, hooks)
+    return _offered
+
+
+def withdraw() -> None:
+    """Forget what was offered: it would keep the memory mapped."""
+    global _offered
+    _offered = None
 
 
 def register() -> None:
@@ -38,7 +51,7 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    class SharedMemoryLoader(DefaultModelLoader):
+    class PoolLoader(DefaultModelLoader):
         """Differs from vLLM's own loader in where the tensors come from; what is checked after loading is the same."""
 
         def __init__(self, load_config: Any) -> None:
@@ -49,30 +62,46 @@ def register() -> None:
         def download_model(self, model_config: Any) -> None:
             """Nothing to fetch: the memory is here."""
 
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            from sllm.engine import vllm_runtime
+
+            offered = _expected()
+            if offered.weights.manifest.layout == "runtime":
+                device = next(model.parameters()).device
+                vllm_runtime.use(model, offered.weights, offered.launch, device)
+                return
+            super().load_weights(model, model_config)
+            offered.kept = vllm_runtime.to_save(model, offered.launch, model_config)
+
         def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Any], None, None]:
             self.counter_before_loading_weights = time.perf_counter()  # for the base class' log
-            yield from _tensors()
+            yield from _tensors(_expected())
 
         def track_weights_loading(self, model: Any, loaded_weights: Any, quantized: bool = False) -> None:
             """Refuse a checkpoint that leaves any parameter as it was allocated: vLLM asks that of quantised models
             only, and would serve the others with whatever was in memory."""
             super().track_weights_loading(model, loaded_weights, quantized=True)
 
-    register_model_loader(LOAD_FORMAT)(SharedMemoryLoader)
+    register_model_loader(LOAD_FORMAT)(PoolLoader)
 
 
-def _tensors() -> Generator[tuple[str, Any], None, None]:
-    """Yield (name, tensor), telling the done share in bytes."""
+def _expected() -> Offer:
     if _offered is None:
         raise EngineFailed("no weights were offered to this process")
-    weights, progress = _offered.weights, _offered.progress
-    if weights.memory is None:
-        return
-    from sllm.loader.views import views
+    return _offered
 
-    total = sum(entry.size_bytes for entry in weights.tensors) or 1
+
+def _tensors(offered: Offer) -> Generator[tuple[str, Any], None, None]:
+    """Yield (name, tensor) in load order, each once its bytes are there, telling the done share in bytes."""
+    from sllm.loader.views import bytes_of, tensors_on
+
+    weights, tensors = offered.weights, offered.weights.tensors
+    assert weights.memory is not None, "nothing has released it"
+    views = tensors_on(bytes_of(weights.memory.buffer), tensors, (0,) * (weights.partition + 1))
+    total = sum(tensor.size_bytes for tensor in tensors.values()) or 1
     done = 0
-    for entry, named in zip(weights.tensors, views(weights.memory, weights.tensors), strict=True):
-        yield named
-        done += entry.size_bytes
-        progress(done / total)
+    for name, tensor in tensors.items():
+        weights.wait(tensor)
+        yield name, views.pop(name)
+        done += tensor.size_bytes
+        offered.hooks.progress(done / total)

@@ -46,6 +46,7 @@ _LAZY_MODULES = (
     "transformers.models.auto.tokenization_auto",
     "compressed_tensors",
     "xgrammar",
+    "sllm.loader.saving",
     "sllm.loader.views",
 )
 _LAZY_CPU_MODULES = (

@@ -30,7 +30,7 @@ from sllm.errors import SllmError
 
 _KINDS = {"vllm": "sllm.engine.vllm_setup", "fake": "sllm.engine.fake"}
 _PACKET_BYTES = 64 << 10
-_MAX_FDS = 3
+_FDS = 4  # launch, lease, feed, log
 
 # Read by OpenMP and by libraries when they are loaded, so they must be set before anything is imported.
 _ENVIRONMENT = {
@@ -83,7 +83,7 @@ def warm_up(engine: str) -> EngineKind:
 def serve(control: socket.socket, kind: EngineKind) -> None:
     """Fork on each request until the agent closes its end."""
     while True:
-        packet, fds, _, _ = socket.recv_fds(control, _PACKET_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        packet, fds, _, _ = socket.recv_fds(control, _PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
         if not packet:
             return
         nonce = ""
@@ -98,8 +98,8 @@ def serve(control: socket.socket, kind: EngineKind) -> None:
 
 
 def _fork(control: socket.socket, kind: EngineKind, nonce: str, fds: Sequence[int]) -> None:
-    if len(fds) != _MAX_FDS:
-        raise ValueError(f"{len(fds)} descriptors came with the request, not {_MAX_FDS}")
+    if len(fds) != _FDS:
+        raise ValueError(f"{len(fds)} descriptors came with the request, not {_FDS}")
     launch = Launch.from_json(os.pread(fds[0], os.fstat(fds[0]).st_size, 0).decode())
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or each child would write it again
@@ -121,7 +121,7 @@ def _fork_again(control: socket.socket, kind: EngineKind, launch: Launch, fds: S
         if pid == 0:
             control.close()
             os.close(fds[0])
-            code = become_host(launch, kind, weights_fd=fds[1], log_fd=fds[2])
+            code = become_host(launch, kind, lease_fd=fds[1], feed_fd=fds[2], log_fd=fds[3])
         else:
             _send(control, {"forked": nonce, "pid": pid})
             code = 0

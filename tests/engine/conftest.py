@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,17 +25,131 @@ from typing import Any
 import pytest
 
 from sllm.agent.records import Records
+from sllm.core.grant import POOL_CHUNK_BYTES, Extent, Grant
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId, RequestId
-from sllm.core.launch import Launch, LaunchRecord, TensorEntry
+from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState
 from sllm.core.tokens import PROTOCOL_VERSION, OpenStream, TokenOutput, TokenRequest
 from sllm.engine.fake import FakeSettings, build_fake
 from sllm.engine.host import Host
+from sllm.loader import convert
+from sllm.loader import format as checkpoint_format
+from sllm.loader.format import Tensor
+from sllm.loader.writing import CheckpointWriter
 from sllm.rpc import transport
 from sllm.rpc.engine import AttachRequest, EngineClient, HostStatus, TokenStream, handlers
 
 GENERATION = 7
 _PR_SET_CHILD_SUBREAPER = 36
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+CHUNK_BYTES = 1 << 20
+
+
+# --- weights -------------------------------------------------------------------------------
+
+
+def write_weights(folder: Path, size_bytes: int = 2 * CHUNK_BYTES + 8192) -> Path:
+    """Write a checkpoint of one tensor, in chunks of CHUNK_BYTES whose bytes differ."""
+    content = b"".join(bytes([1 + n]) * CHUNK_BYTES for n in range(-(-size_bytes // CHUNK_BYTES)))[:size_bytes]
+    with CheckpointWriter(folder, [size_bytes]) as writer:
+        with writer.partition() as partition:
+            partition.write(content)
+        writer.commit({"w": Tensor(0, 0, size_bytes, "uint8", (size_bytes,), (1,))})
+    return folder
+
+
+def grant_of(folder: Path, *, ready: int | None = None, slots: int | None = None) -> Grant:
+    """Return a grant of a checkpoint's only partition, in extents that do not follow each other in the pool."""
+    manifest = checkpoint_format.parse((folder / "manifest.json").read_bytes())
+    size_bytes, chunk_bytes = manifest.partitions[0].size_bytes, manifest.chunk_bytes
+    chunks = -(-size_bytes // chunk_bytes)
+    slots = min(chunks, chunks if slots is None else slots)
+    pieces = -(-slots * chunk_bytes // POOL_CHUNK_BYTES)
+    return Grant(
+        digest=manifest.digest,
+        partition=0,
+        generation=1,
+        size_bytes=size_bytes,
+        chunk_bytes=chunk_bytes,
+        extents=tuple(Extent(2 * n * POOL_CHUNK_BYTES, POOL_CHUNK_BYTES) for n in reversed(range(pieces))),
+        slots=slots,
+        ready_chunks=min(slots, chunks if ready is None else ready) if slots == chunks else 0,
+    )
+
+
+class PoolInTest:
+    """Plays the store process for one launch: holds the memory, and reads when the test says so."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.grant = launch.grant
+        partition = Path(launch.weights_dir) / "partition-000.bin"
+        self.content = partition.read_bytes() if partition.exists() else b""
+        self.fd = os.memfd_create("pool", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, max((e.offset + e.size_bytes for e in self.grant.extents), default=0))
+        self.lease_fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        if self.grant.extents:
+            locked = self.grant.extents[0]
+            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, *locked, 0)
+            fcntl.fcntl(self.lease_fd, _F_OFD_SETLK, lock)
+        self.feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.feed_fd = theirs.detach()
+        self.put(0, self.grant.ready_chunks)
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether the kernel knows of anybody who may read the grant's first extent."""
+        offset, size_bytes = self.grant.extents[0]
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, offset, size_bytes, 0)
+        kind: int = struct.unpack("hhqqi4x", fcntl.fcntl(self.fd, _F_OFD_GETLK, asked))[0]
+        return kind != fcntl.F_UNLCK
+
+    def put(self, first: int, end: int) -> None:
+        """Read chunks into their places."""
+        for chunk in range(first, end):
+            start = chunk * self.grant.chunk_bytes
+            piece, within = divmod(chunk % self.grant.slots * self.grant.chunk_bytes, POOL_CHUNK_BYTES)
+            content = self.content[start : start + self.grant.chunk_bytes]
+            os.pwrite(self.fd, content, self.grant.extents[piece].offset + within)
+
+    def read_to(self, chunks: int) -> None:
+        """Put everything before a chunk, and say so."""
+        self.put(0, chunks)
+        self.say({"ready": chunks})
+
+    def say(self, message: dict[str, Any]) -> None:
+        self.feed.send(json.dumps(message).encode())
+
+    def give(self) -> tuple[int, int]:
+        """Return descriptors of lease and feed for somebody who takes them over; this end keeps none."""
+        given = self.lease_fd, self.feed_fd
+        self.lease_fd = self.feed_fd = -1
+        return given
+
+    def close(self) -> None:
+        self.feed.close()
+        for fd in (self.fd, self.lease_fd, self.feed_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.lease_fd = self.feed_fd = -1
+
+
+@pytest.fixture(name="write_weights")
+def _write_weights() -> Callable[..., Path]:
+    return write_weights
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[[Launch], PoolInTest]]:
+    """Return a function that makes the pool of a launch."""
+    made: list[PoolInTest] = []
+
+    def make(launch: Launch) -> PoolInTest:
+        made.append(PoolInTest(launch))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
 
 
 def _launch(tmp_path: Path, **changes: Any) -> Launch:
@@ -50,9 +166,11 @@ def _launch(tmp_path: Path, **changes: Any) -> Launch:
     )
     names = {f for f in ReplicaSpec.__dataclass_fields__ if f in changes}
     spec = replace(spec, **{name: changes.pop(name) for name in names})
+    weights = changes.pop("weights", None) or _default_weights(tmp_path)
     values: dict[str, Any] = {
         "nonce": os.urandom(8).hex(),
-        "tensors": (),
+        "grant": grant_of(weights, ready=changes.pop("ready", None), slots=changes.pop("slots", None)),
+        "weights_dir": str(weights),
         "execution_dir": str(tmp_path / "no-checkpoint"),
         "record_path": str(tmp_path / f"{spec.id}.json"),
         "scratch_dir": str(tmp_path / "scratch"),
@@ -68,9 +186,15 @@ def _launch(tmp_path: Path, **changes: Any) -> Launch:
     return Launch(spec=spec, **values)
 
 
+def _default_weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "weights"
+    return folder if folder.exists() else write_weights(folder)
+
+
 @pytest.fixture
 def make_launch(tmp_path: Path) -> Callable[..., Launch]:
-    """Return a function that makes a Launch; keywords replace fields of it or of its spec."""
+    """Return a function that makes a Launch; keywords replace fields of it or of its spec. `weights` is a checkpoint
+    folder, of which `ready` chunks are in memory (default: all), or which streams through a ring of `slots`."""
     return lambda **changes: _launch(tmp_path, **changes)
 
 
@@ -231,13 +355,15 @@ class WarmProcess:
         self.control = ours
         self.log = log
         self.pids: list[int] = []
+        self.pools: dict[str, PoolInTest] = {}
         packet = self.control.recv(1 << 20)
         assert packet, f"the warm process ended: {log.read_text()}"
         self.ready = json.loads(packet)["ready"]
 
-    def ask(self, launch: Launch, weights: bytes = b"") -> dict[str, Any]:
-        """Ask for a fork and return the answer."""
-        fds = [_memfd(launch.to_json().encode()), _memfd(weights), os.open(self.log, os.O_WRONLY | os.O_APPEND)]
+    def ask(self, launch: Launch) -> dict[str, Any]:
+        """Ask for a fork and return the answer; `pools` has the weights, by nonce."""
+        pool = self.pools[launch.nonce] = PoolInTest(launch)
+        fds = [_memfd(launch.to_json().encode()), *pool.give(), os.open(self.log, os.O_WRONLY | os.O_APPEND)]
         socket.send_fds(self.control, [json.dumps({"fork": launch.nonce}).encode()], fds)
         for fd in fds:
             os.close(fd)
@@ -246,9 +372,9 @@ class WarmProcess:
             self.pids.append(answer["pid"])
         return answer
 
-    async def fork(self, launch: Launch, weights: bytes = b"") -> LaunchRecord:
+    async def fork(self, launch: Launch) -> LaunchRecord:
         """Fork a host and return its record once it listens."""
-        answer = self.ask(launch, weights)
+        answer = self.ask(launch)
         assert answer.get("forked") == launch.nonce, answer
         records = Records(Path(launch.record_path).parent)
         try:
@@ -278,6 +404,8 @@ class WarmProcess:
                 os.waitpid(pid, 0)
         self.control.close()
         self.process.wait(30)
+        for pool in self.pools.values():
+            pool.close()
 
 
 def _memfd(content: bytes) -> int:
@@ -322,36 +450,6 @@ def warm(start_warm: Callable[..., WarmProcess]) -> Iterator[Callable[..., WarmP
         process.close()
 
 
-@pytest.fixture
-def read_safetensors() -> Callable[[Path], tuple[tuple[TensorEntry, ...], bytes]]:
-    """Return a function that lays a folder's tensors out as an agent does: entries, and the bytes for a memfd."""
-    dtypes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-    def read(folder: Path) -> tuple[tuple[TensorEntry, ...], bytes]:
-        entries, memory = [], bytearray()
-        for file in sorted(folder.glob("*.safetensors")):
-            data = file.read_bytes()
-            start = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:start])
-            header.pop("__metadata__", None)
-            for name, tensor in header.items():
-                begin, end = tensor["data_offsets"]
-                memory += bytes(-len(memory) % 64)
-                entries.append(
-                    TensorEntry(
-                        name=name,
-                        offset=len(memory),
-                        size_bytes=end - begin,
-                        dtype=dtypes[tensor["dtype"]],
-                        shape=tuple(tensor["shape"]),
-                    )
-                )
-                memory += data[start + begin : start + end]
-        return tuple(entries), bytes(memory)
-
-    return read
-
-
 # --- vLLM ----------------------------------------------------------------------------------
 
 
@@ -393,6 +491,14 @@ def vllm() -> SimpleNamespace:
         setup=vllm_setup,
         tokens=vllm_tokens,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a checkpoint."""
+    folder = tmp_path_factory.mktemp("tiny-weights") / "tiny"
+    convert(tiny_llama, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

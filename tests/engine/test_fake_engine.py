@@ -158,7 +158,7 @@ def test_building_takes_its_time_tells_its_progress_and_keeps_to_the_vocabulary(
 ) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 10}')
     clock, told = Timer(), list[float]()
-    hooks = Hooks(wake=lambda: None, progress=told.append)
+    hooks = Hooks(wake=lambda: None, progress=told.append, arrived=told.append, saved=lambda: None)
     engine = build_fake(make_launch(execution_dir=str(tmp_path)), hooks, FakeSettings(load_s=2.0), clock)
     assert clock.slept_s == 2.0
     assert told == [0.0, 0.25, 0.5, 0.75]
@@ -166,7 +166,7 @@ def test_building_takes_its_time_tells_its_progress_and_keeps_to_the_vocabulary(
 
 
 def test_building_fails_when_told_to(make_launch: Callable[..., Launch]) -> None:
-    hooks = Hooks(wake=lambda: None, progress=lambda share: None)
+    hooks = Hooks(wake=lambda: None, progress=lambda share: None, arrived=lambda share: None, saved=lambda: None)
     with pytest.raises(EngineFailed, match="no luck"):
         build_fake(make_launch(), hooks, FakeSettings(build_error="no luck"), Timer())
 

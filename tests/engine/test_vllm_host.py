@@ -21,6 +21,7 @@ from sllm.core.replica import ReplicaState
 from sllm.core.tokens import AbortRequests, FinishReason, OpenStream, TokenOutput, TokenRequest
 from sllm.errors import InvalidArgument
 from sllm.linux import start_ticks
+from sllm.loader import load, save
 from sllm.rpc.engine import EngineClient, HostStatus, StopRequest, TokenStream
 
 pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
@@ -56,16 +57,15 @@ def warm_vllm(start_warm: Make) -> Any:
 
 @pytest.fixture
 async def fork(
-    warm_vllm: Any, make_launch: Make, tiny_llama: Path, read_safetensors: Make, settled: Make
+    warm_vllm: Any, make_launch: Make, tiny_weights: Path, settled: Make
 ) -> AsyncIterator[Callable[..., Any]]:
     """Return a coroutine function that forks a host and waits until it is ready or has failed."""
     running: list[Running] = []
 
-    async def start(folder: Path = tiny_llama, **changes: Any) -> Running:
-        entries, memory = read_safetensors(folder)
-        changes = {"engine_args": {"dtype": "float32"}, "execution_dir": str(folder), "tensors": entries, **changes}
+    async def start(folder: Path = tiny_weights, **changes: Any) -> Running:
+        changes = {"engine_args": {"dtype": "float32"}, "execution_dir": str(folder), "weights": folder, **changes}
         launch = make_launch(**changes)
-        record = await warm_vllm.fork(launch, memory)
+        record = await warm_vllm.fork(launch)
         client = EngineClient(record.address, None, peer="engine host")
         status = await settled(client, launch.nonce)
         opening = OpenStream(protocol_version=1, gateway="g", generation=launch.spec.generation)
@@ -253,9 +253,12 @@ async def test_a_build_that_cannot_work_is_told_with_its_reason(
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-async def test_a_missing_tensor_is_found(fork: Make, tiny_llama: Path, read_safetensors: Make) -> None:
-    entries, _ = read_safetensors(tiny_llama)
-    host = await fork(tensors=entries[1:])
+async def test_a_missing_tensor_is_found(fork: Make, tiny_weights: Path, tmp_path_factory: Any) -> None:
+    tensors = load(tiny_weights)
+    tensors.popitem()
+    less = tmp_path_factory.mktemp("less") / "tiny"
+    save(tensors, less)
+    host = await fork(less, execution_dir=str(tiny_weights))
     assert (host.status.state, host.status.error_reason) == (ReplicaState.FAILED, "INVALID_CHECKPOINT")
 
 

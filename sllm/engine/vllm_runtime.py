@@ -1,0 +1,156 @@
+"""The runtime layout: a vLLM model's own parameters, fused and padded, saved once and then used as they lie in memory.
+
+On a CPU a parameter becomes a view of the node's pool: nothing is copied, and engines of one checkpoint share the
+bytes. On a GPU the partition goes to the device in chunks as it arrives, and parameters are views of it there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sllm.core.launch import Launch
+from sllm.core.runtime_layout import runtime_key
+from sllm.engine.vllm_setup import COMMON_ARCHITECTURES, installed_version
+from sllm.engine.weights import Weights
+from sllm.errors import SllmError, StaleLayout
+from sllm.loader.memory import cuda
+from sllm.loader.saving import save
+from sllm.loader.views import bytes_of, tensors_on
+
+log = logging.getLogger(__name__)
+
+_COPIES_UNDER_WAY = 4
+_LOWEST_PRIORITY = 19
+
+
+def key_of(launch: Launch) -> dict[str, str]:
+    """Return the key that a runtime layout must have to be good for a launch in this process."""
+    return runtime_key(
+        launch.spec,
+        engine="vllm",
+        version=installed_version(),
+        device_kind=launch.device_kind,
+        world_size=max(1, len(launch.device_ids)),
+        rank=launch.rank,
+    )
+
+
+def parameters(model: Any) -> dict[str, Any]:
+    """Return what a layout holds of a model: parameters and persistent buffers, tied ones under each name."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def use(model: Any, weights: Weights, launch: Launch, device: torch.device) -> None:
+    """Make a saved layout a model's parameters, in place of those that were allocated for it.
+
+    Raises StaleLayout if it is another engine's, or does not fit the model exactly; the error of the load.
+    """
+    own = parameters(model)
+    _check_key(weights.manifest.key, key_of(launch))
+    _check_fit(own, weights)
+    assert weights.memory is not None, "nothing has released it"
+    memory = bytes_of(weights.memory.buffer)
+    if device.type == "cuda":
+        for parameter in own.values():
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)  # room for what takes its place
+        memory = _on_device(memory, weights, device)
+    else:
+        weights.wait_all()
+    starts = (0,) * (weights.partition + 1)
+    for name, view in tensors_on(memory, weights.tensors, starts).items():
+        own[name].data = view
+
+
+def _check_key(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    if dict(found) != dict(wanted):
+        odd = sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))[0]
+        raise StaleLayout(
+            f"the runtime layout was made for {odd} {found.get(odd, '(none)')!r}, not {wanted.get(odd, '(none)')!r}"
+        )
+
+
+def _check_fit(own: Mapping[str, Any], weights: Weights) -> None:
+    saved = {
+        name: (tensor.dtype, tensor.shape, tensor.stride) if tensor.size_bytes else (tensor.dtype, tensor.shape, None)
+        for name, tensor in weights.tensors.items()
+    }
+    wanted = {name: _described(parameter) for name, parameter in own.items()}
+    if saved != wanted:
+        odd = sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name))[0]
+        raise StaleLayout(
+            f"the runtime layout does not fit the model: {odd!r} is {saved.get(odd)}, not {wanted.get(odd)}"
+        )
+
+
+def _described(parameter: Any) -> tuple[str, tuple[int, ...], tuple[int, ...] | None]:
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return dtype, tuple(parameter.shape), parameter.stride() if parameter.numel() else None
+
+
+def _on_device(memory: torch.Tensor, weights: Weights, device: torch.device) -> torch.Tensor:
+    """Copy the partition to a GPU, each chunk when it has arrived. NOT YET RUN ON A GPU."""
+    target = cuda.arena(weights.size_bytes, device)
+    copier = cuda.CudaCopier(target, device)
+    source = memoryview(memory.numpy())
+    step = weights.manifest.chunk_bytes
+    try:
+        for number, start in enumerate(range(0, weights.size_bytes, step)):
+            end = min(start + step, weights.size_bytes)
+            weights.feed.wait(end)
+            if number >= _COPIES_UNDER_WAY:
+                copier.end_oldest()
+            copier.begin(source[start:end], start)
+        for _ in range(min(_COPIES_UNDER_WAY, -(-weights.size_bytes // step))):
+            copier.end_oldest()
+    finally:
+        copier.close()
+    return target
+
+
+# --- saving ---------------------------------------------------------------------------------
+
+
+def to_save(model: Any, launch: Launch, config: Any) -> dict[str, torch.Tensor] | None:
+    """Return the parameters to save, after loading and before vLLM processes them any further; None: do not.
+
+    Not of quantised models, whose loading makes more than parameters, nor of architectures that are not known to be
+    all in their parameters; nor if holding the parameters until they are saved may not fit beside processed copies.
+    """
+    if not launch.save_runtime or config.quantization is not None:
+        return None
+    if not set(config.architectures) <= set(COMMON_ARCHITECTURES):
+        return None
+    tensors = {name: parameter.detach() for name, parameter in parameters(model).items()}
+    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if launch.memory_bytes and 2 * size_bytes + launch.kv_cache_bytes > launch.memory_bytes:
+        log.info(
+            "the runtime layout is not saved: %d bytes of parameters, memory for two of them is needed", size_bytes
+        )
+        return None
+    return tensors
+
+
+def save_in_background(tensors: dict[str, torch.Tensor], launch: Launch, saved: Callable[[], None]) -> None:
+    """Write a runtime layout to where the launch says, at the lowest priority; `saved` is called once it is there."""
+    key = key_of(launch)
+
+    def work() -> None:
+        # Of this thread and those it starts: Linux keeps a priority for each.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        try:
+            manifest = save(tensors, launch.save_runtime, layout="runtime", key=key, source=launch.spec.digest)
+        except SllmError as error:
+            log.warning("the runtime layout was not saved: %s", error)
+            return
+        finally:
+            tensors.clear()
+        log.info("the runtime layout is saved: %d bytes", manifest.tensor_bytes)
+        saved()
+
+    threading.Thread(target=work, name="save", daemon=True).start()

@@ -1,0 +1,139 @@
+"""A grant, mapped: one partition of a checkpoint as memory of this process, whose bytes may still be on their way.
+
+A partition that is whole in the pool is mapped where it is, privately: reading copies nothing, a write copies a page
+and stays in this process. One that streams through a ring is copied into private memory as it comes. Either way the
+memory is there (as addresses) before a byte of it has been read, so that an engine can be built meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm.core.grant import Grant
+from sllm.core.launch import Launch
+from sllm.engine.feed import Feed
+from sllm.errors import InvalidCheckpoint, ManifestMissing
+from sllm.loader import format as checkpoint_format
+from sllm.loader.format import MANIFEST, Manifest, Tensor
+from sllm.loader.memory.space import Space, anonymous, map_extents, populate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Weights:
+    """What an engine is built from. `memory` is the partition, from its first byte; None after `release`.
+
+    Bytes may be read once `feed.wait` has returned for them. Whoever keeps a view of the memory keeps it mapped, and
+    with it the lease.
+    """
+
+    manifest: Manifest
+    partition: int
+    memory: Space | None
+    feed: Feed
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The partition's tensors, in load order."""
+        every = self.manifest.tensors
+        return {name: tensor for name, tensor in every.items() if tensor.partition == self.partition}
+
+    @property
+    def size_bytes(self) -> int:
+        return self.manifest.partitions[self.partition].size_bytes
+
+    def wait(self, tensor: Tensor) -> None:
+        """Return once the tensor's bytes are there. Raises the error of the load."""
+        self.feed.wait(tensor.offset + tensor.size_bytes)
+
+    def wait_all(self) -> None:
+        """As `wait`, for the whole partition."""
+        self.feed.wait(self.size_bytes)
+
+    def release(self) -> None:
+        """Let go of the memory: it is unmapped with the last view of it, at once if there is none."""
+        self.memory = None
+
+
+def open_weights(launch: Launch, lease_fd: int, feed_fd: int) -> Weights:
+    """Map the grant of a launch, and prepare to follow its feed. Takes over both descriptors.
+
+    The lease needs no descriptor: a mapping keeps its file open. Raises InvalidCheckpoint if the folder's manifest is
+    not that of the grant; OSError.
+    """
+    sock = socket.socket(fileno=feed_fd)
+    try:
+        manifest = _manifest(Path(launch.weights_dir), launch.grant)
+        mapped = map_extents(lease_fd, launch.grant.extents)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(lease_fd)
+    memory, feed = _followed(launch.grant, sock, mapped)
+    return Weights(manifest=manifest, partition=launch.grant.partition, memory=memory, feed=feed)
+
+
+def _manifest(folder: Path, grant: Grant) -> Manifest:
+    try:
+        manifest = checkpoint_format.parse((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise ManifestMissing(f"cannot read the manifest of {folder.name!r}: {error.strerror}") from error
+    partition = manifest.partitions[grant.partition] if grant.partition < len(manifest.partitions) else None
+    found = (manifest.digest, manifest.chunk_bytes, partition and partition.size_bytes)
+    if found != (grant.digest, grant.chunk_bytes, grant.size_bytes):
+        raise InvalidCheckpoint(f"checkpoint {folder.name!r} is not the one whose weights were read")
+    return manifest
+
+
+def _followed(grant: Grant, sock: socket.socket, mapped: Space) -> tuple[Space, Feed]:
+    if grant.is_ring:
+        return _from_ring(grant, sock, mapped)
+
+    def settle(first: int, end: int) -> None:
+        start = first * grant.chunk_bytes
+        _present(mapped, start, min(end * grant.chunk_bytes, grant.size_bytes) - start)
+
+    return mapped, Feed(grant, sock, arrive=_nothing, settle=settle)
+
+
+def _nothing(first: int, end: int) -> None:
+    """What is in the pool is where it is used."""
+
+
+def _present(memory: Space, offset: int, size_bytes: int) -> None:
+    """Map pages before the engine meets them: each would cost it a fault of its own. They come anyway if this fails."""
+    try:
+        populate(memory, write=False, offset=offset, size_bytes=size_bytes)
+    except OSError as error:
+        log.warning("weights are mapped page by page: %s", error.strerror)
+
+
+def _from_ring(grant: Grant, sock: socket.socket, ring: Space) -> tuple[Space, Feed]:
+    memory = anonymous(grant.size_bytes)
+    # In a list, so that the ring's mapping (and the lease) goes with its last chunk.
+    rings = [ring]
+
+    def arrive(first: int, end: int) -> None:
+        for chunk in range(first, end):
+            _copy_chunk(grant, chunk, rings[0], memory)
+            feed.advance(chunk + 1)
+            feed.taken(chunk + 1)
+        if end == grant.chunks:
+            rings.clear()
+
+    feed = Feed(grant, sock, arrive=arrive, settle=_nothing)
+    return memory, feed
+
+
+def _copy_chunk(grant: Grant, chunk: int, ring: Space, memory: Space) -> None:
+    """Without the GIL: `memmove` of ctypes gives it up, a slice assignment would not."""
+    start = chunk * grant.chunk_bytes
+    length = min(grant.chunk_bytes, grant.size_bytes - start)
+    ctypes.memmove(memory.address + start, ring.address + chunk % grant.slots * grant.chunk_bytes, length)
