@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
-from sllm.errors import CheckpointUnreadable, ChunkCorrupt, ExecutionFileDamaged, PartitionMissing, PartitionTruncated
+from sllm.errors import CheckpointUnreadable, ChunkCorrupt, ExecutionFileDamaged, SllmError
 from sllm.loader.folder import check_sizes, open_file, read_manifest
 from sllm.loader.format import Manifest, Partition, StoredFile
+from sllm.loader.storage.direct import ChunkReader, DirectFile
 from sllm.loader.writing import Meter, Progress
 
-_THREADS = 4
+_SLOTS = 8  # chunks in memory: two for each reading thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,44 +60,42 @@ def verify(
 
 
 def _verify_partition(folder: Path, partition: Partition, chunk_bytes: int, deep: bool, meter: Meter) -> None:
-    fd = open_file(folder / partition.file, PartitionMissing)
     sha256 = hashlib.sha256()
-
-    def read(number: int) -> bytes:
-        chunk = _read_chunk(fd, number, chunk_bytes, partition)
-        if xxhash.xxh3_64_hexdigest(chunk) != partition.chunks[number]:
-            raise ChunkCorrupt(f"chunk {number} of {folder / partition.file} is not what was written")
-        return chunk
-
-    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="verify")
-    try:
-        for start in range(0, len(partition.chunks), _THREADS):  # so few, that memory stays bounded
-            for chunk in threads.map(read, range(start, min(start + _THREADS, len(partition.chunks)))):
-                meter.add(len(chunk))
-                if deep:
-                    sha256.update(chunk)
-    finally:
-        threads.shutdown(cancel_futures=True)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    with (
+        DirectFile(folder / partition.file, partition.size_bytes) as file,
+        closing(_verified_chunks(file, partition, chunk_bytes)) as chunks,
+    ):
+        for chunk in chunks:
+            if deep:
+                sha256.update(chunk)
+            meter.add(len(chunk))
     if deep and sha256.hexdigest() != partition.sha256:
         raise ChunkCorrupt(f"{folder / partition.file} is not what was written: its sha256 differs")
 
 
-def _read_chunk(fd: int, number: int, chunk_bytes: int, partition: Partition) -> bytes:
-    offset = number * chunk_bytes
-    left = min(chunk_bytes, partition.size_bytes - offset)
-    pieces = []
-    while left:
-        try:
-            piece = os.pread(fd, left, offset)
-        except OSError as error:
-            raise CheckpointUnreadable(f"cannot read {partition.file}: {error.strerror}") from error
-        if not piece:
-            raise PartitionTruncated(f"{partition.file} became shorter while it was read")
-        pieces.append(piece)
-        left, offset = left - len(piece), offset + len(piece)
-    return b"".join(pieces)
+def _verified_chunks(file: DirectFile, partition: Partition, chunk_bytes: int) -> Generator[memoryview, None, None]:
+    """Yield each chunk, which is good until the next is asked for."""
+    slots = min(_SLOTS, max(1, len(partition.chunks)))
+    memory = memoryview(mmap.mmap(-1, slots * chunk_bytes))
+
+    def place(number: int) -> memoryview:
+        start = number % slots * chunk_bytes
+        return memory[start : start + chunk_bytes]
+
+    reader = ChunkReader(file, chunk_bytes=chunk_bytes, hashes=partition.chunks, place=place, slots=slots)
+    reader.start()
+    try:
+        for number in range(reader.chunks):
+            if not reader.wait_for(number + 1):
+                break
+            yield place(number)[: partition.size_bytes - number * chunk_bytes]
+            reader.taken(number + 1)
+    except GeneratorExit:  # whoever asked has failed, and wants no second error
+        reader.cancel()
+        with suppress(SllmError):
+            reader.wait()
+        raise
+    reader.wait()
 
 
 def _verify_file(folder: Path, file: StoredFile, meter: Meter) -> None:
