@@ -7,8 +7,8 @@ The store process makes it, the agent passes it on, an engine host uses it. Two 
   gives a lease back.
 - **feed**: a SOCK_SEQPACKET socket, one JSON object per packet. The store process says `{"ready": N}` whenever N grows:
   the first N chunks are in memory and verified (N may skip); after the last one it closes. `{"error": REASON,
-  "message": TEXT}` ends a load that failed; an end without N = chunks means that the store process died. When every
-  copy of the other end is closed before that, nobody wants the load any more, and it is called off.
+  "message": TEXT, "hint": TEXT}` ends a load that failed; an end without N = chunks means that the store process
+  died. When every copy of the other end is closed before that, nobody wants the load any more, and it is called off.
 
 In a ring (`slots < chunks`, for a partition that the pool has no room for) chunk n lies in slot n % slots; whoever
 copies it out says `{"taken": N}` (the first N chunks are no longer needed), and the store process reads on.

@@ -63,10 +63,11 @@ class FolderCheck:
 
     def _on_progress(self, done_bytes: int, total_bytes: int) -> None:
         """In a thread."""
-        if self._progress is None:
+        told, self._progress = self._progress is None, (done_bytes, total_bytes)
+        if told:
             self._loop.call_soon_threadsafe(self._tell)
-        self._progress = (done_bytes, total_bytes)
 
     def _tell(self) -> None:
-        (done_bytes, total_bytes), self._progress = self._progress or (0, 0), None
-        self.channel.send(Checking(id=self.request.id, done_bytes=done_bytes, total_bytes=total_bytes))
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            self.channel.send(Checking(id=self.request.id, done_bytes=progress[0], total_bytes=progress[1]))

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 from sllm.errors import SllmError
 
@@ -23,6 +24,7 @@ class Feed:
         self._on_gone = on_gone
         self._loop = asyncio.get_running_loop()
         self._unsent: bytes | None = None  # only the last word counts: one that reads slowly skips some
+        self._ready = 0
         self._ended = False
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
@@ -44,16 +46,21 @@ class Feed:
         self._timer = self._loop.call_later(seconds, expire)
 
     def ready(self, chunks: int) -> None:
-        """Say that the first `chunks` chunks are there."""
-        self._say({"ready": chunks})
+        """Say that the first `chunks` chunks are there, unless that is known."""
+        if chunks > self._ready:
+            self._ready = chunks
+            self._say({"ready": chunks})
 
     def finish(self, chunks: int) -> None:
         """Say that all are there, and close."""
-        self._say({"ready": chunks}, last=True)
+        self.ready(chunks)
+        self._end()
 
     def fail(self, error: SllmError) -> None:
         """Say that the rest will not come, and close."""
-        self._say({"error": error.reason, "message": error.message[:_MAX_TEXT]}, last=True)
+        text = {"message": error.message[:_MAX_TEXT], "hint": error.hint[:_MAX_TEXT]}
+        self._say({"error": error.reason, **text})
+        self._end()
 
     def close(self) -> None:
         if not self._closed:
@@ -62,15 +69,22 @@ class Feed:
                 self._timer.cancel()
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
+            self._drain()
             self._sock.close()
 
-    def _say(self, message: dict[str, object], *, last: bool = False) -> None:
+    def _say(self, message: dict[str, object]) -> None:
         if not self.over:
             self._unsent = json.dumps(message).encode()
-            self._ended = last
             self._flush()
 
+    def _end(self) -> None:
+        """Close once the last word is sent."""
+        self._ended = True
+        self._flush()
+
     def _flush(self) -> None:
+        if self._closed:
+            return
         self._loop.remove_writer(self._sock)
         if self._unsent is not None:
             try:
@@ -97,6 +111,13 @@ class Feed:
             self._lose()
         else:
             self._on_taken(taken)
+
+    def _drain(self) -> None:
+        """Let nothing unread behind: closing would be an error at the other end, which hides our last word from it."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)  # nothing more can come
+            while self._sock.recv(_MAX_PACKET_BYTES):
+                pass
 
     def _lose(self) -> None:
         if not self._closed:

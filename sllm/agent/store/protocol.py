@@ -139,7 +139,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damaged:
-    """The files of a folder are not what was written."""
+    """The files of a folder are not what was written. An empty `digest`: its manifest does not even say what was."""
 
     digest: str
     folder: str

@@ -1,0 +1,354 @@
+"""What the store grants, shares, calls off and gives back. The server runs in this process, with a fake disk."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from agent.store.conftest import MIB, Feed, Made, content_of, copied_out
+
+from sllm.agent.store.protocol import Priority
+from sllm.core.grant import POOL_CHUNK_BYTES
+from sllm.errors import (
+    CapacityExceeded,
+    ChunkCorrupt,
+    DeadlineExceeded,
+    ManifestCorrupt,
+    ManifestMissing,
+    PartitionMissing,
+    PartitionTruncated,
+)
+from sllm.loader.memory.table import EntryState
+
+Make = Callable[..., Any]
+
+
+async def test_a_load_is_granted_before_it_is_read_and_told_as_it_comes(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    granted = await store.client.open(made.wanted())
+    assert (granted.grant.ready_chunks, granted.grant.chunks, granted.grant.is_ring) == (0, 4, False)
+    feed = Feed(granted)
+    store.disk.free(made)
+    messages = await feed.all()
+    ready = [message["ready"] for message in messages]
+    assert ready == sorted(ready)
+    assert ready[-1] == 4
+    assert content_of(granted) == made.data
+    await store.recorder.until(lambda: store.recorder.loads)
+    loaded = store.recorder.loads[0]
+    assert (loaded.checkpoint, loaded.size_bytes) == (made.digest, len(made.data))
+    assert loaded.read_s > 0
+    assert [entry.state for entry in store.entries] == [EntryState.READY]
+    os.close(granted.lease_fd)
+
+
+async def test_what_is_there_is_granted_at_once_and_not_read_again(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    first = await store.load(made)
+    reads = len(store.disk.sources["demo"].reads)
+    second = await store.client.open(made.wanted())
+    assert second.grant.ready_chunks == second.grant.chunks
+    assert await Feed(second).all() == [{"ready": 4}]
+    assert (second.grant.generation, second.grant.extents) == (first.grant.generation, first.grant.extents)
+    assert len(store.disk.sources["demo"].reads) == reads
+    assert [entry.uses for entry in store.entries] == [2]
+
+
+async def test_two_who_want_the_same_share_one_read(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    first = await store.client.open(made.wanted())
+    second = await store.client.open(made.wanted())
+    store.disk.free(made)
+    feeds = await asyncio.gather(Feed(first).all(), Feed(second).all())
+    assert [messages[-1] for messages in feeds] == [{"ready": 4}] * 2
+    assert content_of(first) == content_of(second) == made.data
+    assert len(store.disk.sources["demo"].reads) == 4
+    await store.recorder.until(lambda: store.entries[0].state is EntryState.READY)
+    await store.settled()
+    assert len(store.recorder.loads) == 1
+
+
+async def test_loads_go_one_at_a_time_by_priority_and_joining_raises_it(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store = await make_store(chunks=8)
+    busy, fetched, warmed, asked = (make_checkpoint(name) for name in ("busy", "fetched", "warmed", "asked"))
+    store.disk.hold(busy)
+    running = await store.client.open(busy.wanted())
+    await store.disk.until_read(busy)
+    waiting = [
+        store.begin(fetched, priority=Priority.PREFETCH),
+        store.begin(warmed, priority=Priority.PREWARM),
+        store.begin(asked),
+        store.begin(fetched, priority=Priority.REQUEST),
+    ]
+    await store.settled()
+    assert store.disk.opened == ["busy"]
+    store.disk.free(busy)
+    for granted in [running, *await asyncio.gather(*waiting)]:
+        await Feed(granted).all()
+        os.close(granted.lease_fd)
+    assert store.disk.opened == ["busy", "fetched", "asked", "warmed"]
+
+
+async def test_a_load_that_nobody_wants_any_more_is_called_off_and_its_memory_given_back(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    granted = await store.client.open(made.wanted())
+    await store.disk.until_read(made)
+    granted.close()
+    await store.settled()
+    other = make_checkpoint("other")
+    waiting = store.begin(other)
+    store.disk.free(made)
+    await Feed(await waiting).all()
+    assert len(store.disk.sources["demo"].reads) == 1
+    assert [entry.digest for entry in store.entries] == [other.digest]
+    assert made.digest not in [damage.digest for damage in store.recorder.damages]
+
+
+async def test_one_of_two_who_share_a_load_may_leave(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    first, second = await store.client.open(made.wanted()), await store.client.open(made.wanted())
+    first.close()
+    await store.settled()
+    store.disk.free(made)
+    assert (await Feed(second).all())[-1] == {"ready": 4}
+
+
+async def test_who_comes_while_a_load_is_called_off_gets_another(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    granted = await store.client.open(made.wanted())
+    await store.disk.until_read(made)
+    granted.close()
+    await store.settled()
+    again = store.begin(made)
+    await store.settled()
+    store.disk.free(made)
+    assert (await Feed(await again).all())[-1] == {"ready": 4}
+    assert content_of(await again) == made.data
+
+
+async def test_a_start_that_is_called_off_in_the_queue_is_never_read(make_store: Make, make_checkpoint: Make) -> None:
+    store, busy, made = await make_store(), make_checkpoint("busy"), make_checkpoint()
+    store.disk.hold(busy)
+    running = await store.client.open(busy.wanted())
+    waiting = store.begin(made)
+    await store.disk.until_read(busy)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    last = store.begin(make_checkpoint("last"))
+    await store.settled()
+    store.disk.free(busy)
+    await Feed(running).all()
+    await Feed(await last).all()
+    assert store.disk.opened == ["busy", "last"]
+
+
+async def test_a_deadline_ends_the_wait_in_the_queue_and_the_load(make_store: Make, make_checkpoint: Make) -> None:
+    store, busy, made = await make_store(), make_checkpoint("busy"), make_checkpoint()
+    store.disk.hold(busy)
+    running = await store.client.open(busy.wanted(deadline_s=0.2))
+    with pytest.raises(DeadlineExceeded, match="not loaded within 0.1 s"):
+        await store.client.open(made.wanted(deadline_s=0.1))
+    messages = await Feed(running).all()
+    assert messages[-1]["error"] == "DEADLINE_EXCEEDED"
+    os.close(running.lease_fd)
+    store.disk.free(busy)
+    await store.recorder.until(lambda: not store.entries)
+
+
+async def test_a_bad_chunk_reaches_all_who_wait_and_gives_the_memory_back(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    store.disk.fail(made, flips={2 * MIB: 99})
+    grants = [await store.client.open(made.wanted()) for _ in range(2)]
+    store.disk.free(made)
+    for granted in grants:
+        last = (await Feed(granted).all())[-1]
+        assert (last["error"], "chunk 2" in last["message"]) == ("CHUNK_CORRUPT", True)
+        os.close(granted.lease_fd)
+    await store.recorder.until(lambda: store.recorder.damages)
+    damage = store.recorder.damages[0]
+    assert (damage.digest, damage.folder, damage.reason) == (made.digest, str(made.folder), ChunkCorrupt.reason)
+    await store.recorder.until(lambda: not store.entries)
+
+
+async def test_a_bit_that_flips_once_on_the_way_is_read_again(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.fail(made, flips={2 * MIB: 1})
+    assert content_of(await store.load(made)) == made.data
+    assert not store.recorder.damages
+
+
+async def test_a_disk_error_is_damage_too(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.fail(made, errors={MIB: OSError(errno.EIO, "Input/output error")})
+    granted = await store.client.open(made.wanted())
+    assert (await Feed(granted).all())[-1]["error"] == "CHECKPOINT_UNREADABLE"
+    await store.recorder.until(lambda: store.recorder.damages)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda made: (made.folder / "manifest.json").unlink(), ManifestMissing),
+        (lambda made: (made.folder / "manifest.json").write_bytes(b"{}"), Exception),
+        (lambda made: made.wanted(digest="sha256:0"), ManifestCorrupt),
+        (lambda made: made.wanted(partition=1), PartitionMissing),
+        (lambda made: made.wanted(partition=-1), PartitionMissing),
+    ],
+)
+async def test_what_is_wrong_before_the_first_byte_is_the_answer(
+    make_store: Make, make_checkpoint: Make, spoil: Callable[[Made], Any], expected: type[Exception]
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    wanted = spoil(made)
+    with pytest.raises(expected):
+        await store.client.open(wanted if hasattr(wanted, "digest") else made.wanted())
+    assert store.entries == []
+
+
+async def test_a_full_pool_gives_up_what_nobody_uses_and_never_what_is_leased(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store = await make_store(chunks=2)
+    first, second, third = (make_checkpoint(name) for name in ("first", "second", "third"))
+    kept = await store.load(first)
+    os.close((await store.load(second)).lease_fd)
+    granted = await store.load(third)
+    assert {entry.digest for entry in store.entries} == {first.digest, third.digest}
+    assert content_of(kept) == first.data
+    assert content_of(granted) == third.data
+
+
+async def test_a_pool_that_is_all_leased_refuses_with_its_size(make_store: Make, make_checkpoint: Make) -> None:
+    store = await make_store(chunks=1)
+    lease = await store.load(make_checkpoint("first"))
+    made = make_checkpoint()
+    with pytest.raises(CapacityExceeded, match=f"all {POOL_CHUNK_BYTES} bytes"):
+        await store.client.open(made.wanted())
+    os.close(lease.lease_fd)
+    assert content_of(await store.load(made)) == made.data
+
+
+async def test_a_checkpoint_larger_than_the_pool_streams_through_a_ring(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(chunks=2, threads=3), make_checkpoint(size_bytes=20 * MIB + 4096)
+    granted = await store.client.open(made.wanted())
+    assert (granted.grant.slots, granted.grant.chunks, granted.grant.is_ring) == (8, 21, True)
+    feed = Feed(granted)
+    assert await copied_out(granted, feed) == made.data
+    assert await feed.next() is None
+    await store.recorder.until(lambda: store.recorder.loads and not store.entries)
+
+
+async def test_each_reader_of_a_ring_has_its_own(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(chunks=2), make_checkpoint(size_bytes=20 * MIB)
+    first, second = store.begin(made), store.begin(made)
+
+    async def read(asked: asyncio.Task[Any]) -> bytes:
+        granted = await asked
+        feed = Feed(granted)
+        data = await copied_out(granted, feed)
+        os.close(granted.lease_fd)
+        return data
+
+    assert await asyncio.gather(read(first), read(second)) == [made.data] * 2
+
+
+async def test_a_reader_of_a_ring_that_takes_nothing_holds_nobody_up(make_store: Make, make_checkpoint: Make) -> None:
+    store, large, made = await make_store(chunks=2), make_checkpoint("large", 20 * MIB), make_checkpoint()
+    slow = await store.client.open(large.wanted())
+    assert content_of(await store.load(made)) == made.data
+    feed = Feed(slow)
+    assert await copied_out(slow, feed) == large.data
+
+
+async def test_a_reader_of_a_ring_cannot_have_chunks_overwritten_that_never_came(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(chunks=2), make_checkpoint(size_bytes=20 * MIB)
+    granted = await store.client.open(made.wanted())
+    feed = Feed(granted)
+    feed.taken(10**9)
+    feed.taken(-5)
+    assert await copied_out(granted, feed) == made.data
+
+
+async def test_what_is_forgotten_is_freed_unless_it_is_leased(make_store: Make, make_checkpoint: Make) -> None:
+    store, used, unused = await make_store(), make_checkpoint("used"), make_checkpoint("unused")
+    lease = await store.load(used)
+    os.close((await store.load(unused)).lease_fd)
+    store.client.forget(used.digest)
+    store.client.forget(unused.digest)
+    await store.recorder.until(lambda: len(store.entries) == 1)
+    assert content_of(lease) == used.data
+    assert [entry.digest for entry in store.entries] == [used.digest]
+
+
+async def test_memory_of_a_failed_load_is_not_given_out_while_it_is_leased(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, bad, good = await make_store(chunks=2), make_checkpoint("bad"), make_checkpoint("good", 12 * MIB)
+    store.disk.fail(bad, flips={3 * MIB: 99})
+    lease = await store.client.open(bad.wanted())
+    await Feed(lease).all()
+    before = content_of(lease)
+    granted = await store.client.open(good.wanted())
+    assert granted.grant.is_ring
+    assert await copied_out(granted, Feed(granted)) == good.data
+    assert content_of(lease) == before
+
+
+async def test_files_are_verified_while_nothing_is_loaded(make_store: Make, make_checkpoint: Make) -> None:
+    store, made, busy = await make_store(), make_checkpoint(), make_checkpoint("busy")
+    store.disk.hold(busy)
+    running = await store.client.open(busy.wanted())
+    await store.disk.until_read(busy)
+    seen: list[tuple[int, int]] = []
+    check = asyncio.create_task(store.client.check(str(made.folder), lambda *done: seen.append(done), deep=True))
+    assert (await asyncio.wait([check], timeout=0.2))[1] == {check}
+    assert seen == []
+    store.disk.free(busy)
+    await Feed(running).all()
+    await check
+    assert seen[-1] == (len(made.data), len(made.data))
+
+
+async def test_a_check_finds_what_is_damaged_and_can_be_called_off(make_store: Make, make_checkpoint: Make) -> None:
+    store, made, other = await make_store(), make_checkpoint(), make_checkpoint("other")
+    with made.file.open("r+b") as file:
+        file.seek(MIB)
+        file.write(b"other")
+    with pytest.raises(ChunkCorrupt):
+        await store.client.check(str(made.folder), lambda *done: None)
+    await store.recorder.until(lambda: store.recorder.damages)
+    assert store.recorder.damages[0].digest == made.digest
+    os.truncate(other.file, 5)
+    with pytest.raises(PartitionTruncated):
+        await store.client.check(str(other.folder), lambda *done: None)
+    with pytest.raises(ManifestMissing):
+        await store.client.check("/nowhere", lambda *done: None)
+    check = asyncio.create_task(store.client.check(str(made.folder), lambda *done: None))
+    await asyncio.sleep(0)
+    check.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await check
+    await store.load(make_checkpoint("last"))
