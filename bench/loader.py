@@ -14,6 +14,8 @@ Each case writes bench/results/loader-CASE.json.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -80,6 +82,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # disks in memory and huge pages are given back
     given = arguments()
     runs = cases(given.rounds, quick=given.quick)
     if given.device == "cuda":

@@ -41,6 +41,7 @@ from loader_report import Goal, Result, Samples, best_of, cpu_s_per_gb, ratio
 FIO_TUNED = "fio, the best setting"
 WARM_UP = "warm-up"  # the folder of a small checkpoint that is loaded before the clock: first calls are not speed
 WARM_UP_KIND = "tiny"
+OUR_NAMES = {loader.name for loader in (*OURS, TAILED)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +224,7 @@ def write(kind: str, formats: set[str], folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """Loaders taking turns on one disk. One that fails leaves the race; `left_out` says why."""
+    """Loaders taking turns on one disk. A peer that fails leaves the race, and `left_out` says why; ours must not."""
 
     device: Device
     size_bytes: int
@@ -242,14 +243,15 @@ class Race:
         for number in range(rounds):
             for name in [name for name in turns if name not in self.left_out]:
                 self._turn(name, turns[name], samples)
-            shown = ", ".join(f"{name} {each[-1].seconds:.3f}" for name, each in samples.items() if each)
-            console.print(f"round {number + 1}, seconds: {shown}")
+            console.print(f"round {number + 1} of {rounds}: {POOL.name} {samples[POOL.name][-1].seconds:.3f} s")
         return {name: each for name, each in samples.items() if name not in self.left_out}
 
     def _turn(self, name: str, measure: Callable[[], Sample], samples: Samples) -> None:
         try:
             samples[name].append(measure())
         except MeasurementFailed as error:
+            if name in OUR_NAMES:
+                raise
             self.left_out[name] = str(error)
 
     def _fio(self, setting: fio.Setting) -> Sample:

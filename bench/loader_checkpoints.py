@@ -80,8 +80,8 @@ def mixture(layers: int, experts: int, hidden: int, inner: int, vocabulary: int)
 KINDS: dict[str, Callable[[], Shapes]] = {
     "tiny": lambda: llama(2, 256, 688, 256, 128, 4000),  # 7 MB: warms a loader up, and stands in for all with --quick
     "many": lambda: mixture(2, 64, 96, 24, 512),  # 2 MB, 400 tensors: the same for "moe"
-    "small": lambda: llama(12, 1024, 2816, 1024, 512, 16000),  # 0.34 GB: one of twenty
-    "1b": lambda: llama(28, 1024, 3072, 2048, 1024, 151936, tied=True),  # Qwen3-0.6B-like: 1.2 GB, 254+ tensors
+    "small": lambda: llama(8, 1024, 2816, 1024, 512, 16000),  # 0.26 GB: one of twenty
+    "1b": lambda: llama(28, 1024, 3072, 2048, 1024, 151936, tied=True),  # Qwen3-0.6B-like: 1.2 GB
     "5gb": lambda: llama(11, 4096, 11008, 4096, 4096, 32000),  # Llama-2-7B, a third of its layers
     "lora": lambda: lora(32, 2560, 6912, 32),  # 100 MB, 448 tensors
     "moe": lambda: mixture(26, 128, 768, 96, 8000),  # 1.6 GB, 10,143 tensors

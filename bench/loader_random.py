@@ -25,7 +25,7 @@ from loader_report import Result
 
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 # What the measured process takes beside the page cache: the interpreter's own pages as they are copied, heaps.
-SLACK_BYTES = 192 << 20
+SLACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
