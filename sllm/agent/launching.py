@@ -1,4 +1,4 @@
-"""From weights in memory to an engine host that listens."""
+"""From a grant of weights to an engine host that listens."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm.agent.hosts import EngineHost
+from sllm.agent.layouts import Chosen
 from sllm.agent.logs import prune, tail_lines
 from sllm.agent.records import Records
 from sllm.agent.scratch import Scratch
-from sllm.agent.warm.base import HostProcess, Warm
+from sllm.agent.store.client import Granted
+from sllm.agent.warm.base import HostFds, HostProcess, Warm
 from sllm.config import AgentConfig
 from sllm.core.device import Device, DeviceKind
+from sllm.core.grant import Grant
 from sllm.core.ids import ReplicaId
 from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec
 from sllm.errors import EngineFailed
-from sllm.loader.memory.pool import Region
 from sllm.rpc.engine import EngineClient
 from sllm.rpc.transport import Tls
 
@@ -42,14 +44,15 @@ class Launcher:
         return self.log_folder / f"{replica}.log"
 
     async def launch(
-        self, spec: ReplicaSpec, nonce: str, devices: Sequence[Device], execution_folder: Path, weights: Region
+        self, spec: ReplicaSpec, nonce: str, devices: Sequence[Device], chosen: Chosen, granted: Granted
     ) -> EngineHost:
         """Fork an engine host and return it once it listens; if this is called off it is ended. Raises EngineFailed."""
-        launch = self._launch(spec, nonce, devices, execution_folder, weights)
+        launch = self._launch(spec, nonce, devices, chosen, granted.grant)
         prune(self.log_folder)
         log_fd = os.open(self.log_path(spec.id), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            process = await self.warm.fork(launch, weights.fd, log_fd)
+            fds = HostFds(lease=granted.lease_fd, feed=granted.feed_fd, log=log_fd)
+            process = await self.warm.fork(launch, fds)
         finally:
             os.close(log_fd)
         try:
@@ -83,15 +86,15 @@ class Launcher:
             record.cancel()
             ended.cancel()
 
-    def _launch(
-        self, spec: ReplicaSpec, nonce: str, devices: Sequence[Device], execution_folder: Path, weights: Region
-    ) -> Launch:
+    def _launch(self, spec: ReplicaSpec, nonce: str, devices: Sequence[Device], chosen: Chosen, grant: Grant) -> Launch:
         engine, tls, kind = self.config.engine, self.config.tls, devices[0].kind
         return Launch(
             spec=spec,
             nonce=nonce,
-            tensors=weights.tensors,
-            execution_dir=str(execution_folder),
+            grant=grant,
+            weights_dir=str(chosen.folder),
+            execution_dir=str(chosen.execution_folder),
+            save_runtime=chosen.save_to,
             record_path=str(self.records.path(spec.id)),
             scratch_dir=str(self.scratch.path(spec.id)),
             bind_host=engine.bind_host,

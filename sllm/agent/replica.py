@@ -8,17 +8,16 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from pathlib import Path
 
 from sllm.agent.hosts import EngineHost
 from sllm.agent.launching import Launcher
+from sllm.agent.layouts import Chosen, Layouts
 from sllm.agent.transitions import (
     Event,
     Failed,
     HostFound,
     HostReported,
     PhaseBegan,
-    Progressed,
     StopAsked,
     Tracked,
     step,
@@ -26,8 +25,9 @@ from sllm.agent.transitions import (
 from sllm.agent.weights import Weights
 from sllm.core.device import Device
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
-from sllm.errors import EngineFailed, SllmError
-from sllm.loader.manifest import Manifest
+from sllm.errors import EngineFailed, InvalidCheckpoint, SllmError, StaleLayout, error_from
+from sllm.loader.store import StoredCheckpoint
+from sllm.rpc.engine import HostStatus
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Replica:
         spec: ReplicaSpec,
         devices: tuple[Device, ...],
         launcher: Launcher,
+        weights: Weights,
+        layouts: Layouts,
         *,
         on_change: Callable[[], None],
         gone: Callable[[Replica], None],
@@ -52,6 +54,8 @@ class Replica:
         self.reported = asyncio.Event()  # the host has spoken
         self._devices = devices
         self._launcher = launcher
+        self._weights = weights
+        self._layouts = layouts
         self._on_change = on_change
         self._gone = gone
         self._tracked = Tracked(
@@ -62,6 +66,8 @@ class Replica:
         self._life: asyncio.Task[None] | None = None
         self._stop: asyncio.Task[None] | None = None
         self._detached = False
+        self._from_runtime = False
+        self._adopting: asyncio.Task[None] | None = None
 
     @property
     def status(self) -> ReplicaStatus:
@@ -72,9 +78,9 @@ class Replica:
         """True once nothing of it runs any more."""
         return self._life is not None and self._life.done()
 
-    def start(self, manifest: Manifest, folder: Path, weights: Weights) -> None:
-        """Begin: read the weights, fork, build."""
-        self._begin(lambda: self._started(manifest, folder, weights))
+    def start(self, entry: StoredCheckpoint) -> None:
+        """Begin: get a grant of the weights, fork, let the host load and build."""
+        self._begin(lambda: self._started(entry))
 
     def adopt(self, host: EngineHost, nonce: str) -> None:
         """Begin with a host that lives already."""
@@ -134,20 +140,36 @@ class Replica:
             log.exception("replica %s failed by a defect of the agent", self.spec.id)
             self._apply(Failed(error=SllmError(f"the agent failed to run it: {type(error).__name__}: {error}")))
 
-    async def _started(self, manifest: Manifest, folder: Path, weights: Weights) -> None:
-        async with weights.pinned(manifest, self._on_read) as region:
+    async def _started(self, entry: StoredCheckpoint) -> None:
+        """Run it from the layout that suits it best; from the original if that one turns out to be of no use."""
+        chosen = await self._layouts.choose(entry, self.spec, self._devices)
+        try:
+            await self._run(chosen)
+        except (StaleLayout, InvalidCheckpoint) as error:
+            if not chosen.is_runtime:
+                raise
+            await self._layouts.drop(chosen, error)
+            self._launcher.records.remove(self.spec.id)  # the dead host's
+            await self._run(self._layouts.original(entry))
+
+    async def _run(self, chosen: Chosen) -> None:
+        self._from_runtime = chosen.is_runtime
+        try:
+            await self._served(await self._forked(chosen))
+        finally:
+            self._layouts.given_up(chosen)
+
+    async def _forked(self, chosen: Chosen) -> EngineHost:
+        """Return a host with a grant of its own, which lasts as long as the host does."""
+        async with self._weights.granted(chosen.stored) as granted:
             self._apply(PhaseBegan(phase=StartPhase.FORKING))
             try:
                 async with asyncio.timeout(self._limit_s):
-                    host = await self._launcher.launch(self.spec, self.nonce, self._devices, folder, region)
+                    host = await self._launcher.launch(self.spec, self.nonce, self._devices, chosen, granted)
             except TimeoutError as error:
                 raise EngineFailed(f"no engine host was forked within {self._limit_s:g} s") from error
-            log.info("replica %s of %s is process %d", self.spec.id, self.spec.deployment, host.process.pid)
-            await self._served(host)
-
-    def _on_read(self, progress: float) -> None:
-        self._apply(PhaseBegan(phase=StartPhase.LOADING))
-        self._apply(Progressed(progress=progress))
+        log.info("replica %s of %s is process %d", self.spec.id, self.spec.deployment, host.process.pid)
+        return host
 
     async def _served(self, host: EngineHost) -> None:
         """Stay with the host until it is gone, or has failed; leave none behind."""
@@ -174,14 +196,27 @@ class Replica:
             async with asyncio.timeout(self._limit_s) as limit:
                 async with aclosing(host.statuses()) as statuses:
                     async for status in statuses:
+                        self._check_layout(status)
                         self._apply(HostReported(status=status))
                         self.reported.set()
+                        self._take_saved(status)
                         if self.status.state is ReplicaState.FAILED:
                             return
                         if self.status.state is not ReplicaState.STARTING:
                             limit.reschedule(None)
         except TimeoutError as error:
             raise EngineFailed(f"the engine was not ready within {self._limit_s:g} s") from error
+
+    def _check_layout(self, status: HostStatus) -> None:
+        """Raise the failure of a start from a runtime layout that another start, from the original, would not have."""
+        if self._from_runtime and status.state is ReplicaState.FAILED and self.status.state is ReplicaState.STARTING:
+            error = error_from(status.error_reason, status.error)
+            if isinstance(error, (StaleLayout, InvalidCheckpoint)):
+                raise error
+
+    def _take_saved(self, status: HostStatus) -> None:
+        if status.runtime_saved and self._adopting is None:
+            self._adopting = asyncio.create_task(self._layouts.saved(self.spec, self._devices))
 
     @property
     def _limit_s(self) -> float:

@@ -8,16 +8,17 @@ import signal
 from collections.abc import Callable
 
 from sllm.agent.launching import Launcher
+from sllm.agent.layouts import Layouts
 from sllm.agent.leases import Leases
 from sllm.agent.replica import Replica
 from sllm.agent.warm.host import ForkedHost
 from sllm.agent.weights import Weights
+from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device
 from sllm.core.ids import ReplicaId
 from sllm.core.launch import LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.errors import CapacityExceeded, Conflict, SllmError, StaleGeneration, Unavailable
-from sllm.loader.manifest import Manifest
 from sllm.loader.store import SsdStore
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Replicas:
         self._launcher = launcher
         self._weights = weights
         self._store = store
+        self._layouts = Layouts(store, weights, launcher.warm)
         self._devices = devices
         self._on_change = on_change
         self._replicas: dict[ReplicaId, Replica] = {}
@@ -64,14 +66,14 @@ class Replicas:
         if spec.id in self._replicas:
             _check_repeated(self._replicas[spec.id].spec, spec)
             return
-        manifest = self._store.with_digest(spec.digest)
+        entry = self._store.with_digest(spec.digest)
         devices = self.leases.take(spec.id, spec.devices, self._devices())
         try:
-            _check_room(manifest, devices)
+            _check_room(entry.checkpoint, devices)
         except CapacityExceeded:
             self.leases.release(spec.id)
             raise
-        self._new(spec, devices).start(manifest, self._store.folder(manifest), self._weights)
+        self._new(spec, devices).start(entry)
         self._on_change()
 
     def stop(self, id: ReplicaId, generation: int, drain_s: float) -> None:  # noqa: A002 - it is one
@@ -130,7 +132,15 @@ class Replicas:
         await asyncio.gather(*(replica.detach() for replica in tuple(self._replicas.values())))
 
     def _new(self, spec: ReplicaSpec, devices: tuple[Device, ...]) -> Replica:
-        replica = Replica(spec, devices, self._launcher, on_change=self._on_change, gone=self._on_gone)
+        replica = Replica(
+            spec,
+            devices,
+            self._launcher,
+            self._weights,
+            self._layouts,
+            on_change=self._on_change,
+            gone=self._on_gone,
+        )
         self._replicas[spec.id] = replica
         return replica
 
@@ -169,12 +179,11 @@ def _check_repeated(known: ReplicaSpec, wanted: ReplicaSpec) -> None:
         raise Conflict(f"replica {known.id} is there already, with another specification")
 
 
-def _check_room(manifest: Manifest, devices: tuple[Device, ...]) -> None:
+def _check_room(checkpoint: Checkpoint, devices: tuple[Device, ...]) -> None:
     memory_bytes = sum(device.memory_bytes for device in devices)
-    size_bytes = manifest.checkpoint.size_bytes
-    if size_bytes > memory_bytes:
+    if checkpoint.size_bytes > memory_bytes:
         raise CapacityExceeded(
-            f"checkpoint {manifest.checkpoint.name!r} has {size_bytes} bytes, its devices have {memory_bytes}",
+            f"checkpoint {checkpoint.name!r} has {checkpoint.size_bytes} bytes, its devices have {memory_bytes}",
             hint="use more devices, or devices with more memory",
         )
 

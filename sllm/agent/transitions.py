@@ -16,13 +16,6 @@ class PhaseBegan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progressed:
-    """`progress` is the done share (0..1) of the current phase."""
-
-    progress: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HostFound:
     """The engine host listens at `address`."""
 
@@ -45,10 +38,10 @@ class Failed:
     error: SllmError
 
 
-Event = PhaseBegan | Progressed | HostFound | HostReported | StopAsked | Failed
+Event = PhaseBegan | HostFound | HostReported | StopAsked | Failed
 
 ACCEPTED: dict[ReplicaState, tuple[type[Event], ...]] = {
-    ReplicaState.STARTING: (PhaseBegan, Progressed, HostFound, HostReported, StopAsked, Failed),
+    ReplicaState.STARTING: (PhaseBegan, HostFound, HostReported, StopAsked, Failed),
     ReplicaState.READY: (HostReported, StopAsked, Failed),
     ReplicaState.DRAINING: (HostReported, StopAsked),
     ReplicaState.STOPPING: (HostReported,),
@@ -79,8 +72,6 @@ def step(tracked: Tracked, event: Event, now: float, *, wall: float) -> Tracked:
 
 def _changed(status: ReplicaStatus, event: Event) -> ReplicaStatus:
     match event:
-        case Progressed(progress=progress):
-            return replace(status, progress=progress)
         case HostFound(address=address, pid=pid):
             return replace(status, address=address, pid=pid)
         case StopAsked(drain_s=drain_s):
@@ -101,7 +92,9 @@ def _entered(tracked: Tracked, phase: StartPhase, now: float) -> Tracked:
     status = tracked.status
     if phase is status.phase:
         return tracked
-    phases_s = {**status.phases_s, status.phase.value: now - tracked.phase_since}
+    # A start that began again has been in a phase before.
+    seconds = status.phases_s.get(status.phase.value, 0.0) + now - tracked.phase_since
+    phases_s = {**status.phases_s, status.phase.value: seconds}
     return Tracked(status=replace(status, phase=phase, progress=0.0, phases_s=phases_s), phase_since=now)
 
 

@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 _PACKET_BYTES = 64 << 10
 
 
+def _nothing(first: int, end: int) -> None:
+    """Stand for a callback that has nothing to do."""
+
+
 class Feed:
     """Takes over `sock`. Nothing happens before `follow`.
 
@@ -90,6 +94,7 @@ class Feed:
             self._fail(EngineFailed(f"following the weights failed: {type(error).__name__}: {error}"))
         finally:
             self._sock.close()
+            self._arrive = self._settle = _nothing  # they know the memory, and would keep it mapped
 
     def _receive(self) -> int:
         """Return how many chunks are in the pool."""

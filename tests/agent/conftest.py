@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from sllm.agent.devices.fake import FakeDevices
 from sllm.agent.folders import prepare
 from sllm.agent.node import LocalNode
 from sllm.agent.processes import open_process
+from sllm.agent.store.fake import FakeStore
 from sllm.agent.warm.fake import FakeWarm
 from sllm.config import AgentConfig
 from sllm.core.checkpoint import Checkpoint
@@ -30,7 +32,7 @@ from sllm.core.node import NodeReport
 from sllm.core.replica import ReplicaSpec, ReplicaStatus
 from sllm.errors import SllmError
 from sllm.linux import start_ticks
-from sllm.loader.memory.pool import Pool
+from sllm.loader.storage.direct import DirectFile
 from sllm.rpc import nodes, transport
 from sllm.rpc.agents import AddCheckpointCommand, AgentClient, StartReplicaCommand, StopReplicaCommand
 from sllm.rpc.nodes import HeartbeatRequest, HeartbeatResponse, RegisterResponse
@@ -89,6 +91,35 @@ async def eventually(node: LocalNode, true: Callable[[], Any], within_s: float =
             seen = await node.changes.wait_beyond(max(seen, node.changes.revision))
 
 
+class Reading:
+    """The disk of a node's store process: it can be held, so that a load does not get on."""
+
+    def __init__(self) -> None:
+        self._free = threading.Event()
+        self._free.set()
+        self.opened: list[str] = []
+
+    def hold(self) -> None:
+        self._free.clear()
+
+    def go_on(self) -> None:
+        self._free.set()
+
+    def open(self, path: Path, size_bytes: int) -> DirectFile:
+        self.opened.append(path.parent.name)
+        return _HeldFile(path, size_bytes, self._free)
+
+
+class _HeldFile(DirectFile):
+    def __init__(self, path: Path, size_bytes: int, free: threading.Event) -> None:
+        super().__init__(path, size_bytes)
+        self._free = free
+
+    def read_into(self, view: memoryview, offset: int, *, fresh: bool = False) -> int:
+        self._free.wait()
+        return super().read_into(view, offset, fresh=fresh)
+
+
 @dataclass
 class NodeInTest:
     """A node in this process, with fake devices and a fake warm process."""
@@ -96,6 +127,7 @@ class NodeInTest:
     local: LocalNode
     warm: FakeWarm
     devices: FakeDevices
+    reading: Reading
 
     async def add(self, model: Path, name: str = "demo") -> str:
         """Add a checkpoint and return its digest."""
@@ -128,7 +160,9 @@ async def make_node(tmp_path: Path) -> AsyncIterator[Callable[..., NodeInTest]]:
     """Return a function that makes a node; keywords are fields of `[engine]`, and `devices`, `dram_bytes`."""
     made: list[NodeInTest] = []
 
-    def make(*, devices: int = 1, memory_bytes: int = 1 << 30, dram_bytes: int = 1 << 30, **engine: Any) -> NodeInTest:
+    def make(
+        *, devices: int = 1, memory_bytes: int = 1 << 30, dram_bytes: int = 256 << 20, **engine: Any
+    ) -> NodeInTest:
         values = {
             "name": "node-1",
             "controller": "127.0.0.1:1",
@@ -136,21 +170,22 @@ async def make_node(tmp_path: Path) -> AsyncIterator[Callable[..., NodeInTest]]:
             "engine": {"kind": "fake", **engine},
         }
         config = configs.check(values, AgentConfig, origin="test")
-        warm, source, changes = FakeWarm(), FakeDevices(devices, memory_bytes), Changes()
+        warm, source, changes, reading = FakeWarm(), FakeDevices(devices, memory_bytes), Changes(), Reading()
         local = LocalNode(
             config,
             None,
             prepare(config.state_dir),
-            pool=Pool(dram_bytes, lambda: 1 << 34),
+            store_process=FakeStore(dram_bytes, open_source=reading.open),
             devices=source,
             warm=warm,
             changes=changes,
         )
-        made.append(NodeInTest(local, warm, source))
+        made.append(NodeInTest(local, warm, source, reading))
         return made[-1]
 
     yield make
     for node in made:
+        node.reading.go_on()
         await node.local.close(stop_hosts=True)
 
 

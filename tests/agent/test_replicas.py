@@ -34,7 +34,8 @@ async def test_a_start_leases_forks_and_becomes_ready(make_node: MakeNode, make_
     launch = host.launch
     assert (launch.kv_cache_bytes, launch.grace_s, launch.device_kind) == (123, 7.0, "cpu")
     assert launch.memory_bytes == 1 << 30
-    assert [tensor.name for tensor in launch.tensors] == ["w"]
+    assert launch.grant.digest == digest
+    assert Path(launch.weights_dir, "manifest.json").exists()
     assert Path(launch.execution_dir, "config.json").exists()
     assert node.local.replicas.leases.holders == {DeviceId("fake-0"): launch.spec.id}
 
@@ -185,20 +186,55 @@ async def test_a_start_is_called_off_at_any_moment(make_node: MakeNode, make_spe
     node.local.replicas.stop(spec.id, 1, 60.0)
     await node.until(lambda: node.state() == "gone")
     assert host.signals == [signal.SIGKILL]
-    assert node.local.weights.pool.find(spec.digest).pins == 0
+    await unused(node, spec.digest)
 
 
-async def test_a_start_is_called_off_while_it_reads(
-    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
+async def unused(node: Any, digest: str) -> None:
+    """Wait until nobody holds a checkpoint's memory: it can be freed then."""
+    node.local.weights.forget(digest)
+    await node.until(lambda: node.local.weights.in_memory == ())
+
+
+async def test_a_host_is_forked_while_its_weights_are_read(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
 ) -> None:
     node = make_node()
-    spec = make_spec(await node.add(make_model("large", 96 << 20)))
+    spec = make_spec(await node.add(model))
+    node.reading.hold()
     node.local.replicas.start(spec)
-    await node.until(lambda: node.status().phase == "reading")
+    host = await node.until_host()
+    await node.until(lambda: node.status().phase == "loading")
+    assert host.launch.grant.ready_chunks == 0
+    assert list(node.status().phases_s) == ["queued", "forking"]
+
+
+async def test_a_start_that_is_called_off_while_it_loads_calls_off_the_read(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    spec = make_spec(await node.add(model))
+    node.reading.hold()
+    node.local.replicas.start(spec)
+    await node.until_host()
     node.local.replicas.stop(spec.id, 1, 0.0)
     await node.until(lambda: node.state() == "gone")
-    assert node.warm.hosts == []
-    assert node.local.weights.pool.regions() == ()
+    node.reading.go_on()
+    await node.until(lambda: node.local.weights.in_memory == ())
+
+
+async def test_a_start_that_waits_for_its_turn_is_queued_and_can_be_called_off(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
+) -> None:
+    node = make_node(devices=2)
+    first, second = [await node.add(make_model(name, (4 << 20) + n), name) for n, name in enumerate(["a", "b"])]
+    node.reading.hold()
+    node.local.replicas.start(make_spec(first))
+    await node.until_host()
+    waiting = make_spec(second, id=ReplicaId("rep-2"), devices=(DeviceId("fake-1"),))
+    node.local.replicas.start(waiting)
+    node.local.replicas.stop(waiting.id, 1, 0.0)
+    await node.until(lambda: node.state(waiting.id) == "gone")
+    assert len(node.warm.hosts) == 1
 
 
 async def test_commands_are_fenced_and_may_be_repeated(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
@@ -238,8 +274,8 @@ async def test_two_starts_of_one_checkpoint_share_the_read(
     node.local.replicas.start(make_spec(digest))
     node.local.replicas.start(make_spec(digest, id=second, devices=(DeviceId("fake-1"),)))
     await node.until(lambda: len(node.warm.hosts) == 2)
-    assert node.local.weights.pool.find(digest).pins == 2
-    assert len(node.local.weights.pool.regions()) == 1
+    assert node.reading.opened == ["demo"]
+    assert len(node.local.weights.in_memory) == 1
 
 
 async def test_reads_are_one_at_a_time_and_what_is_in_memory_does_not_wait(
@@ -247,21 +283,18 @@ async def test_reads_are_one_at_a_time_and_what_is_in_memory_does_not_wait(
 ) -> None:
     node = make_node(devices=3)
     resident = await node.add(model, "resident")
-    first, second = [await node.add(make_model(name, (64 << 20) + n), name) for n, name in enumerate(["a", "b"])]
-    async with node.local.weights.pinned(node.local.store.with_digest(resident), lambda _: None):
-        pass
+    first, second = [await node.add(make_model(name, (4 << 20) + n), name) for n, name in enumerate(["a", "b"])]
+    node.local.weights.prefetch(node.local.store.with_digest(resident))
+    await node.until(lambda: any(held.ready for held in node.local.weights.in_memory))
+    node.reading.hold()
     for number, digest in enumerate([first, second, resident]):
         devices = (DeviceId(f"fake-{number}"),)
         node.local.replicas.start(make_spec(digest, id=ReplicaId(f"rep-{number}"), devices=devices))
-    loading: set[int] = set()
-
-    def note() -> bool:
-        loading.add(sum(not region.ready for region in node.local.weights.pool.regions()))
-        return len(node.warm.hosts) == 3
-
-    await node.until(note)
-    assert loading == {0, 1}
-    assert [host.launch.spec.id for host in node.warm.hosts] == ["rep-2", "rep-0", "rep-1"]
+    await node.until(lambda: len(node.warm.hosts) == 2)
+    assert {host.launch.spec.id for host in node.warm.hosts} == {"rep-0", "rep-2"}
+    assert node.status("rep-1").phase == "queued"
+    node.reading.go_on()
+    await node.until(lambda: len(node.warm.hosts) == 3)
 
 
 async def test_detaching_leaves_the_host_alone(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:

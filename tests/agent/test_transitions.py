@@ -15,7 +15,6 @@ from sllm.agent.transitions import (
     HostFound,
     HostReported,
     PhaseBegan,
-    Progressed,
     StopAsked,
     Tracked,
     step,
@@ -50,17 +49,17 @@ def said(state: ReplicaState, phase: StartPhase = StartPhase.BUILDING, **changes
 def test_a_start_goes_through_its_phases_and_their_seconds_add_up() -> None:
     now = tracked()
     for seconds, event in [
-        (1.0, PhaseBegan(phase=StartPhase.READING)),
-        (2.0, Progressed(progress=0.5)),
-        (4.0, PhaseBegan(phase=StartPhase.FORKING)),
-        (5.0, HostFound(address="127.0.0.1:1", pid=7)),
+        (1.0, PhaseBegan(phase=StartPhase.FORKING)),
+        (2.0, HostFound(address="127.0.0.1:1", pid=7)),
+        (2.0, said(ReplicaState.STARTING, StartPhase.LOADING)),
+        (4.0, said(ReplicaState.STARTING, StartPhase.LOADING, progress=0.5)),
         (5.0, said(ReplicaState.STARTING)),
         (9.0, said(ReplicaState.READY, StartPhase.READY)),
     ]:
         now = step(now, event, seconds, wall=1000.0 + seconds)
     status = now.status
     assert status.state is ReplicaState.READY
-    assert status.phases_s == {"queued": 1.0, "reading": 3.0, "forking": 1.0, "building": 4.0}
+    assert status.phases_s == {"queued": 1.0, "forking": 1.0, "loading": 3.0, "building": 4.0}
     assert (status.ready_at, status.progress, status.pid, status.address) == (1009.0, 1.0, 7, "127.0.0.1:1")
 
 
@@ -132,7 +131,6 @@ def test_a_host_told_to_end_by_somebody_else_is_on_its_way_out() -> None:
 
 events: st.SearchStrategy[Event] = st.one_of(
     st.builds(PhaseBegan, phase=st.sampled_from(StartPhase)),
-    st.builds(Progressed, progress=st.floats(0, 1)),
     st.just(HostFound(address="127.0.0.1:1", pid=1)),
     st.builds(said, st.sampled_from(ReplicaState), st.sampled_from(StartPhase)),
     st.builds(StopAsked, drain_s=st.sampled_from([0.0, 1.0])),

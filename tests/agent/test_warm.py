@@ -14,7 +14,9 @@ import pytest
 from sllm.agent.changes import Changes
 from sllm.agent.children import Children
 from sllm.agent.warm import process as warm_process
+from sllm.agent.warm.base import HostFds
 from sllm.agent.warm.process import WarmProcess
+from sllm.core.grant import POOL_CHUNK_BYTES, Extent, Grant
 from sllm.core.launch import Launch
 from sllm.errors import EngineFailed, InvalidConfiguration
 from sllm.linux import start_ticks
@@ -29,7 +31,7 @@ REFUSES = (
     _READY
     + """
 while True:
-    packet, fds, _, _ = socket.recv_fds(control, 65536, 3)
+    packet, fds, _, _ = socket.recv_fds(control, 65536, 4)
     if not packet:
         break
     launch = json.loads(os.pread(fds[0], os.fstat(fds[0]).st_size, 0))
@@ -42,7 +44,7 @@ FORKS_LATE = (
     _READY.replace("{", "{{").replace("}", "}}")
     + """
 import time
-packet, fds, _, _ = socket.recv_fds(control, 65536, 3)
+packet, fds, _, _ = socket.recv_fds(control, 65536, 4)
 pid = os.fork()
 if pid == 0:
     time.sleep(60)
@@ -92,7 +94,17 @@ def launch(make_spec: Callable[..., Any]) -> Launch:
     return Launch(
         spec=make_spec("sha256:0"),
         nonce="n1",
-        tensors=(),
+        grant=Grant(
+            digest="sha256:0",
+            partition=0,
+            generation=1,
+            size_bytes=4096,
+            chunk_bytes=4096,
+            extents=(Extent(0, POOL_CHUNK_BYTES),),
+            slots=1,
+            ready_chunks=1,
+        ),
+        weights_dir="",
         execution_dir="",
         record_path="",
         scratch_dir="",
@@ -110,7 +122,7 @@ async def fork(warm: WarmProcess, launch: Launch) -> Any:
     null = os.open(os.devnull, os.O_RDWR)
     try:
         async with asyncio.timeout(10):
-            return await warm.fork(launch, null, null)
+            return await warm.fork(launch, HostFds(lease=null, feed=null, log=null))
     finally:
         os.close(null)
 
@@ -124,7 +136,7 @@ async def test_says_what_it_is_once_it_is_ready(spawn: Callable[[str], Any]) -> 
 
 async def test_a_refusal_reaches_who_asked(spawn: Callable[[str], Any], launch: Launch) -> None:
     warm, _ = spawn(REFUSES)
-    with pytest.raises(EngineFailed, match="3 descriptors, capacity 4"):
+    with pytest.raises(EngineFailed, match="4 descriptors, capacity 4"):
         await fork(warm, launch)
 
 

@@ -16,6 +16,7 @@ from sllm.core.engine_args import ENGINE_ARGS, Taker
 pytestmark = pytest.mark.vllm
 
 NAMES = [
+    ("vllm._custom_ops", "_supports_onednn"),
     ("vllm.config.logging", "LoggingConfig"),
     ("vllm.engine.arg_utils", "EngineArgs.add_cli_args"),
     ("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
@@ -25,6 +26,7 @@ NAMES = [
     ("vllm.model_executor.model_loader", "register_model_loader"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.download_model"),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.load_weights"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.track_weights_loading"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.counter_before_loading_weights"),
     ("vllm.model_executor.models", "ModelRegistry.models"),

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import signal
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sllm.core.launch import Launch, WarmReady
+
+
+class HostFds(NamedTuple):
+    """What an engine host is given, in the order in which it is sent: its grant's two descriptors, and its log."""
+
+    lease: int
+    feed: int
+    log: int
 
 
 class HostProcess(Protocol):
@@ -33,8 +41,11 @@ class Warm(Protocol):
         """Wait until it can fork. Raises EngineFailed or InvalidConfiguration if it ends before that."""
         ...
 
-    async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
-        """Fork an engine host, waiting for the warm process if need be. Raises EngineFailed."""
+    async def fork(self, launch: Launch, fds: HostFds) -> HostProcess:
+        """Fork an engine host, waiting for the warm process if need be. Raises EngineFailed.
+
+        The host gets descriptors of its own: the caller's may be closed afterwards.
+        """
         ...
 
     async def close(self) -> None: ...

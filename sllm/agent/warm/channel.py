@@ -8,6 +8,7 @@ import os
 import socket
 from typing import Any
 
+from sllm.agent.warm.base import HostFds
 from sllm.core.launch import Launch, WarmReady
 from sllm.errors import EngineFailed, InvalidConfiguration, SllmError
 
@@ -33,7 +34,7 @@ class Channel:
     async def closed(self) -> None:
         await asyncio.shield(self._closed)
 
-    def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> asyncio.Future[int]:
+    def fork(self, launch: Launch, fds: HostFds) -> asyncio.Future[int]:
         """Ask for an engine host; the answer is its pid, or EngineFailed.
 
         The descriptors are sent when this returns: the caller may close them.
@@ -42,7 +43,7 @@ class Channel:
         launch_fd = _as_memfd(launch)
         try:
             packet = json.dumps({"fork": launch.nonce}).encode()
-            socket.send_fds(self._sock, [packet], [launch_fd, weights_fd, log_fd])
+            socket.send_fds(self._sock, [packet], [launch_fd, *fds])
         except OSError as error:
             raise EngineFailed(f"the warm process cannot be asked to fork: {error.strerror}") from error
         finally:

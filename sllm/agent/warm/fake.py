@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sllm.agent.changes import Changes
+from sllm.agent.warm.base import HostFds
 from sllm.core.launch import Launch, LaunchRecord, WarmReady
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.core.tokens import ClientFrame, StepOutputs
@@ -22,10 +25,15 @@ _FIRST_PID = 1 << 30  # beyond any real one
 
 
 class FakeHost:
-    """An engine host: its process, and its EngineService. Its state changes when the test says so."""
+    """An engine host: its process, and its EngineService. Its state changes when the test says so.
 
-    def __init__(self, launch: Launch, pid: int) -> None:
+    It has its grant until it dies, and follows no feed.
+    """
+
+    def __init__(self, launch: Launch, pid: int, lease_fd: int, feed: socket.socket) -> None:
         self.launch = launch
+        self.feed = feed
+        self._lease_fd = lease_fd
         self.stops: list[float] = []
         self.signals: list[signal.Signals] = []
         self.stubborn = False  # does not end when it is told to
@@ -34,7 +42,7 @@ class FakeHost:
         self._asked = Changes()
         self._pid = pid
         self._status = HostStatus(
-            replica=launch.spec.id, state=ReplicaState.STARTING, phase=StartPhase.BUILDING, progress=0.0
+            replica=launch.spec.id, state=ReplicaState.STARTING, phase=StartPhase.LOADING, progress=0.0
         )
         self._changes = Changes()
         self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -53,6 +61,8 @@ class FakeHost:
 
     def die(self, how: str) -> None:
         if not self._end.done():
+            os.close(self._lease_fd)
+            self.feed.close()
             self._end.set_result(how)
 
     def say(self, **changes: Any) -> None:
@@ -116,10 +126,10 @@ class FakeWarm:
             raise EngineFailed("the warm process ended as it started")
         return self.about
 
-    async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> FakeHost:
+    async def fork(self, launch: Launch, fds: HostFds) -> FakeHost:
         if self.failure is not None:
             raise self.failure
-        host = FakeHost(launch, _FIRST_PID + len(self.hosts))
+        host = FakeHost(launch, _FIRST_PID + len(self.hosts), os.dup(fds.lease), socket.socket(fileno=os.dup(fds.feed)))
         self.hosts.append(host)
         server, port = await transport.serve([handlers(host)], "127.0.0.1:0", None)
         self._servers.append(server)
@@ -128,6 +138,8 @@ class FakeWarm:
         return host
 
     async def close(self) -> None:
+        for host in self.hosts:
+            host.die("exit code 0")
         for server in self._servers:
             await server.stop(None)
 

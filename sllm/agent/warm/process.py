@@ -18,7 +18,7 @@ from pathlib import Path
 from sllm.agent import tether
 from sllm.agent.children import Children
 from sllm.agent.logs import tail_lines
-from sllm.agent.warm.base import HostProcess
+from sllm.agent.warm.base import HostFds, HostProcess
 from sllm.agent.warm.channel import Channel
 from sllm.agent.warm.host import ForkedHost
 from sllm.core.launch import Launch, WarmReady
@@ -66,10 +66,10 @@ class WarmProcess:
         await asyncio.shield(self._channel)
         return self._about or await self.ready()
 
-    async def fork(self, launch: Launch, weights_fd: int, log_fd: int) -> HostProcess:
+    async def fork(self, launch: Launch, fds: HostFds) -> HostProcess:
         channel = await asyncio.shield(self._channel)
         with self._children.coming():
-            answer = channel.fork(launch, weights_fd, log_fd)
+            answer = channel.fork(launch, fds)
             try:
                 pid = await asyncio.shield(answer)
             except asyncio.CancelledError:

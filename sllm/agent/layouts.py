@@ -1,0 +1,108 @@
+"""Which layout of a checkpoint a replica starts from: the engine's own parameters if they were saved, or the original.
+
+The original is good for any engine. A runtime layout is good for one key only, and can always be made anew: whatever
+is wrong with one, it is removed and the start begins again from the original.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm.agent.warm.base import Warm
+from sllm.agent.weights import Weights
+from sllm.core.device import Device
+from sllm.core.launch import WarmReady
+from sllm.core.replica import ReplicaSpec
+from sllm.core.runtime_layout import runtime_key
+from sllm.errors import SllmError
+from sllm.loader.runtime_layouts import RuntimeLayout
+from sllm.loader.store import SsdStore, StoredCheckpoint
+
+log = logging.getLogger(__name__)
+
+_ENGINES = ("vllm",)  # those that can save their parameters, and use saved ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What a start reads. `folder` has its manifest, `execution_folder` the execution files; `save_to` is where the
+    engine host writes a runtime layout ("": nowhere)."""
+
+    stored: StoredCheckpoint | RuntimeLayout
+    folder: Path
+    execution_folder: Path
+    save_to: str = ""
+
+    @property
+    def is_runtime(self) -> bool:
+        return isinstance(self.stored, RuntimeLayout)
+
+
+class Layouts:
+    """Belongs to the event loop; the store's own work is in threads."""
+
+    def __init__(self, store: SsdStore, weights: Weights, warm: Warm) -> None:
+        self._store = store
+        self._weights = weights
+        self._warm = warm
+        self._being_saved: set[str] = set()
+
+    async def choose(self, entry: StoredCheckpoint, spec: ReplicaSpec, devices: Sequence[Device]) -> Chosen:
+        """Return what to start from. The folder to save to is this start's alone, until `saved` or `given_up`."""
+        about = self._warm.about
+        if about is None or about.engine not in _ENGINES:
+            return self.original(entry)
+        key = _key(spec, devices, about)
+        found = await asyncio.to_thread(self._store.runtime, key)
+        if found is not None:
+            execution_folder = self._store.folder(entry)
+            return Chosen(stored=found, folder=found.folder, execution_folder=execution_folder)
+        if "quantization" in spec.engine_args:
+            return self.original(entry)
+        work = await asyncio.to_thread(self._store.runtime_work, key, entry.manifest.tensor_bytes)
+        if work is None or str(work) in self._being_saved:
+            return self.original(entry)
+        self._being_saved.add(str(work))
+        return self.original(entry, save_to=str(work))
+
+    def original(self, entry: StoredCheckpoint, *, save_to: str = "") -> Chosen:
+        """Return the checkpoint as it was added."""
+        folder = self._store.folder(entry)
+        return Chosen(stored=entry, folder=folder, execution_folder=folder, save_to=save_to)
+
+    def given_up(self, chosen: Chosen) -> None:
+        """The engine host that was to save is gone."""
+        self._being_saved.discard(chosen.save_to)
+
+    async def saved(self, spec: ReplicaSpec, devices: Sequence[Device]) -> None:
+        """Take in what an engine host has saved, and have it in memory for the next start."""
+        try:
+            key = _key(spec, devices, await self._warm.ready())
+            layout = await asyncio.to_thread(self._store.adopt_runtime, key)
+        except SllmError as error:
+            log.warning("the runtime layout of %s is of no use: %s", spec.deployment, error)
+            return
+        log.info("runtime layout of %s: %d bytes", spec.deployment, layout.manifest.tensor_bytes)
+        self._weights.prefetch(layout)
+
+    async def drop(self, chosen: Chosen, reason: SllmError) -> None:
+        """Remove a runtime layout that did not fit or is damaged."""
+        if isinstance(chosen.stored, RuntimeLayout):
+            log.warning("runtime layout %s is removed: %s", chosen.folder.name, reason)
+            await asyncio.to_thread(self._store.drop_runtime, chosen.stored.manifest.key)
+
+
+def _key(spec: ReplicaSpec, devices: Sequence[Device], about: WarmReady) -> dict[str, str]:
+    """As the engine host computes it (`sllm.engine.vllm_runtime.key_of`)."""
+    return runtime_key(
+        spec,
+        engine=about.engine,
+        version=about.version,
+        device_kind=devices[0].kind,
+        world_size=len(devices),
+        rank=0,
+    )
