@@ -74,6 +74,10 @@ class StoreClient:
         self._channel = Channel(sock, self._take, self._end)
         self._channel.send(protocol.Hello(release=protocol.RELEASE))
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.done()
+
     async def welcome(self) -> protocol.Welcome:
         """Return what the store process says of itself, once `entries` and `pool_fd` are there. Raises Died."""
         return await asyncio.shield(self._welcome)

@@ -105,12 +105,14 @@ class StoreProcess:
                 await self._supervisor
         if self._client is not None:
             self._client.cancel()
+        if stop:
+            await self._end(self._last)
         if self._last is not None:
-            if stop:
-                await self._end(self._last)
             self._last.close()
+            self._last = None
         if self._process is not None:
             self._process.close()
+            self._process = None
 
     async def _supervise(self) -> None:
         backoff_s = BACKOFF_S[0]
@@ -127,12 +129,9 @@ class StoreProcess:
         except OSError as error:
             self._give_up(f"cannot be started: {error.strerror}")
             return False
-        try:
-            async with asyncio.timeout(_WELCOME_S):
-                welcome = await client.welcome()
-        except (Died, TimeoutError):
+        welcome = await self._welcomed(client)
+        if welcome is None:
             self._give_up("does not answer")
-            client.close()
             await self._kill()
             return False
         self._keep(client, welcome.pid)
@@ -142,6 +141,18 @@ class StoreProcess:
             return True
         await self._serve(client, welcome)
         return True
+
+    async def _welcomed(self, client: StoreClient) -> protocol.Welcome | None:
+        """Return None, and close the connection, if the process does not answer."""
+        try:
+            async with asyncio.timeout(_WELCOME_S):
+                return await client.welcome()
+        except (Died, TimeoutError):
+            client.close()
+            return None
+        except BaseException:
+            client.close()
+            raise
 
     def _keep(self, client: StoreClient, pid: int) -> None:
         if self._last is not None:
@@ -251,23 +262,25 @@ class StoreProcess:
         self._process = ForkedHost.open(pid, on_end=lambda: self._children.disown(pid))
         (self._folder / _PID).write_text(f"{pid} {start_ticks(pid) or 0}", encoding="ascii")
 
-    async def _end(self, client: StoreClient) -> None:
-        """End a process, whoever spawned it."""
-        client.quit()
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await client.closed()
-                if self._process is not None:
-                    await self._process.ended()
-        except TimeoutError:
-            await self._kill()
+    async def _end(self, client: StoreClient | None) -> None:
+        """End the process, whoever spawned it: by its connection, if it has one."""
+        if client is not None and not client.is_closed:
+            client.quit()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await client.closed()
+                    if self._process is not None:
+                        await self._process.ended()
+        await self._kill()
         (self._folder / _SOCKET).unlink(missing_ok=True)
 
     async def _kill(self) -> None:
+        """Return when no process is left."""
         process = self._process or self._spawned_before()
         if process is not None:
             process.signal(signal.SIGKILL)
             await process.ended()
+            self._process = None
 
     def _spawned_before(self) -> ForkedHost | None:
         """Return the process that an agent before this one spawned, if it lives."""

@@ -393,7 +393,6 @@ class Server:
             self._drop(load.entry)
         else:
             self._tell(protocol.Holds(entry=self._table.ready(load.entry.generation, read_s).as_json()))
-        load.finish(load.entry.chunks)
         loaded = protocol.Loaded(
             checkpoint=load.request.checkpoint,
             size_bytes=load.entry.size_bytes,
@@ -401,6 +400,7 @@ class Server:
             read_s=read_s,
         )
         self._tell(loaded)
+        load.finish(load.entry.chunks)
 
     def _fail(self, load: Load, error: SllmError) -> None:
         """Tell all who wait, and give the memory back."""

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,6 +26,7 @@ from sllm.agent.store.process import StoreOptions, StoreProcess
 from sllm.agent.store.protocol import Damaged, Loaded
 from sllm.core.grant import POOL_CHUNK_BYTES, Grant
 from sllm.errors import ManifestMissing
+from sllm.linux import start_ticks
 from sllm.loader.format import Manifest, Partition, Tensor, parse, to_bytes
 from sllm.loader.memory.table import Entry
 from sllm.loader.storage.fake import FakeSource
@@ -290,6 +292,13 @@ class ProcessInTest:
     def pid(self) -> int:
         return int((self.log_path.parent / "store.pid").read_text().split()[0])
 
+    def kill(self) -> None:
+        """End one that was left running."""
+        with suppress(OSError):
+            pid, ticks = map(int, (self.log_path.parent / "store.pid").read_text().split())
+            if start_ticks(pid) == ticks:
+                os.kill(pid, signal.SIGKILL)
+
 
 @pytest.fixture
 def children() -> Iterator[Children]:
@@ -301,7 +310,7 @@ async def make_process(tmp_path: Path, children: Children) -> AsyncIterator[Call
     """Return a function that makes the agent's side of a store process; keywords are fields of StoreOptions."""
     made: list[ProcessInTest] = []
 
-    def make(*, failpoint: str = "", chunks: int = 4, **changes: Any) -> ProcessInTest:
+    def make(*, failpoint: str = "", chunks: int = 4, folder: str = "run", **changes: Any) -> ProcessInTest:
         environment = {"SLLM_FAILPOINT": failpoint}
         values: dict[str, Any] = {
             "size_bytes": chunks * POOL_CHUNK_BYTES,
@@ -313,10 +322,10 @@ async def make_process(tmp_path: Path, children: Children) -> AsyncIterator[Call
             "grace_s": 20.0,
             "environment": environment,
         }
-        folder = tmp_path / "run"
-        folder.mkdir(exist_ok=True)
-        log_path, recorder = folder / "store.log", Recorder()
-        process = StoreProcess(StoreOptions(**{**values, **changes}), folder, log_path, tmp_path / "scratch", children)
+        run = tmp_path / folder
+        run.mkdir(parents=True, exist_ok=True)
+        log_path, recorder = run / "store.log", Recorder()
+        process = StoreProcess(StoreOptions(**{**values, **changes}), run, log_path, tmp_path / "scratch", children)
         process.start(recorder)
         made.append(ProcessInTest(process, recorder, environment, log_path))
         return made[-1]
@@ -324,3 +333,4 @@ async def make_process(tmp_path: Path, children: Children) -> AsyncIterator[Call
     yield make
     for each in made:
         await each.process.close(stop=True)
+        each.kill()
