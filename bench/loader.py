@@ -26,6 +26,7 @@ import loader_dram
 import loader_random
 import torch
 from common import Prediction, console
+from loader_measure import in_fork
 from loader_peers import POOL
 from loader_report import Result, show, write
 
@@ -86,7 +87,7 @@ def main() -> None:
     given = arguments()
     runs = cases(given.rounds, quick=given.quick)
     if given.device == "cuda":
-        if not torch.cuda.is_available():
+        if not in_fork(torch.cuda.is_available):  # once CUDA was asked anything here, forks could not use it
             raise SystemExit("there is no GPU here that torch can use")
         runs = {"cuda": lambda: loader_cuda.run(given.rounds, quick=given.quick)}
     if not console.is_terminal:

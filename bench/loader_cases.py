@@ -175,7 +175,8 @@ def run(case: Case, rounds: int, *, quick: bool) -> Result:
         unwritable = in_fork(lambda: write(kind, formats, device.folder))
         if case.limit_bps and not quick:
             device = stack.enter_context(device.throttled(case.limit_bps))
-        settings = _fio_settings(stack.enter_context(huge_pages(fio.BUFFER_BYTES)), left_out)[: 2 if quick else None]
+        huge = stack.enter_context(huge_pages(fio.BUFFER_BYTES, reserve=not quick))
+        settings = _fio_settings(huge, left_out)[: 2 if quick else None]
         race = Race(device=device, size_bytes=size_of(kind), left_out=left_out)
         race.leave_out(loaders, unwritable)
         samples = race.run([loader for loader in loaders if loader.format not in unwritable], settings, rounds)

@@ -64,7 +64,7 @@ def _register() -> Sample:
     torch.cuda.init()
     memory = torch.zeros(COPY_BYTES, dtype=torch.uint8)
     with stopwatch() as watch:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), COPY_BYTES, 0))
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), COPY_BYTES, 0)))
     return watch.sample()
 
 

@@ -61,11 +61,11 @@ def plain_folder() -> Iterator[Device]:
 
 
 @contextmanager
-def huge_pages(size_bytes: int) -> Iterator[bool]:
-    """Reserve huge pages (2 MiB) where this process may; yield whether so many bytes of them are free."""
+def huge_pages(size_bytes: int, *, reserve: bool) -> Iterator[bool]:
+    """Yield whether so many bytes of huge pages (2 MiB) are free; `reserve` them first where this process may."""
     missing = -(-size_bytes // HUGE_PAGE_BYTES) - _free_huge_pages()
     before = int(HUGE_PAGES.read_text())
-    if missing > 0 and os.geteuid() == 0:
+    if reserve and missing > 0 and os.geteuid() == 0:
         HUGE_PAGES.write_text(str(before + missing))
     try:
         yield _free_huge_pages() * HUGE_PAGE_BYTES >= size_bytes

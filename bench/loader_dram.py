@@ -53,15 +53,15 @@ def run(rounds: int, *, quick: bool) -> Result:
         )
         uses = {MAPPED: _rounds(mapped, rounds + 1)[1:]}  # the first one warms the page cache
         uses[SMALL] = in_fork(partial(_from_pool, device.folder / "sllm", rounds, huge=False))
-        with huge_pages(pool_bytes(device.folder / "sllm")) as reserved:
-            if reserved:
+        with huge_pages(pool_bytes(device.folder / "sllm"), reserve=not quick) as available:
+            if available:
                 uses[HUGE] = in_fork(partial(_from_pool, device.folder / "sllm", rounds, huge=True))
     if len({use.checksum for each in uses.values() for use in each}) != 1:
         raise MeasurementFailed("the bytes in the pool are not those of the checkpoint")
     goals = [_goal(name, uses[name]) for name in (SMALL, HUGE) if name in uses]
     title = f"DRAM tier, {size_of(kind) / 1e9:.1f} GB: lease -> every tensor usable"
     _show(title, uses)
-    left_out = {} if HUGE in uses else {HUGE: "they cannot be reserved (root, free memory)"}
+    left_out = {} if HUGE in uses else {HUGE: "none are reserved (needs root and free memory)"}
     facts = {"quick": quick, "uses": {name: _figures(each) for name, each in uses.items()}}
     return Result(case="dram", title=title, size_bytes=size_of(kind), goals=goals, left_out=left_out, facts=facts)
 

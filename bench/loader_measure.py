@@ -121,10 +121,10 @@ def touch(tensors: Tensors) -> int:
     Neighbours are read in one go, so that a loader is not charged for a Python loop of the bench.
     """
     spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values() if tensor.nbytes)
-    return sum(int(_memory(start, end)[::PAGE_BYTES].sum()) for start, end in _merged(spans))
+    return sum(int(_memory(start, end)[::PAGE_BYTES].sum()) for start, end in stretches(spans))
 
 
-def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def stretches(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of the page-aligned stretches that the spans cover without a whole page between them."""
     first, last = spans[0][0] // PAGE_BYTES, (sum(spans[0]) - 1) // PAGE_BYTES
     for start, size in spans[1:]:
