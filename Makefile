@@ -16,6 +16,8 @@ PROTO_TOOLS := grpcio-tools==1.76.0
 BENCH_VENV := .cache/bench-venv
 PROTOS := $(wildcard proto/sllm/rpc/*.proto)
 PYTEST := $(BIN)/python -m pytest
+# A machine with a GPU may have no more than this: no settings of pyproject.toml, which name plugins of pytest.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: help
 help: ## List the targets
@@ -46,6 +48,10 @@ test-unit: $(STAMP) ## Tests without real processes and without vLLM: seconds
 .PHONY: test-e2e
 test-e2e: $(STAMP) ## Tests with real processes and the real vLLM: minutes
 	$(PYTEST) -m "e2e or vllm"
+
+.PHONY: test-gpu
+test-gpu: ## Tests on a real GPU; need torch, xxhash and pytest only (without .venv: of PYTHON)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -c /dev/null -o 'markers=gpu: needs a GPU' --rootdir=. -ra --import-mode=importlib tests/gpu
 
 .PHONY: check
 check: lint types imports proto-check ## Lint, types, import contracts, stubs up to date

@@ -11,6 +11,17 @@ die() { say "$1"; exit 1; }
 packages=()
 "$PYTHON" -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
 [ "$ENGINE" != cpu ] || /sbin/ldconfig -p | grep -q libnuma.so.1 || packages+=(libnuma1)
+# Tests only: they inject faults of the disk with libfiu, through a few lines of C. Without these they are skipped.
+extras=()
+command -v fiu-run >/dev/null || extras+=(fiu-utils libfiu-dev)
+command -v cc >/dev/null || extras+=(gcc libc6-dev)
+if [ ${#extras[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    packages+=("${extras[@]}")
+  else
+    say "tests that need ${extras[*]} will be skipped: apt-get install ${extras[*]}"
+  fi
+fi
 if [ ${#packages[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing ${packages[*]}"

@@ -106,6 +106,9 @@ def _load_onto(
     try:
         pipeline = Pipeline(loading, files, _view(ring), control, copier=cuda.CudaCopier(target, device), slots=slots)
         return _addressed(pipeline, target, manifest, loading)
+    except BaseException:
+        target.untyped_storage().resize_(0)  # now, not when the error and its traceback are gone
+        raise
     finally:
         ring.release()
 
