@@ -88,6 +88,7 @@ def node_row(node: Node) -> Row:
             {**asdict(device), "kind": device.kind.value, "state": device.state.value} for device in report.devices
         ],
         "tiers": {usage.tier.name.lower(): _tier_object(usage, report.residencies) for usage in usages},
+        "loads": [{**asdict(load), "tier": load.tier.name.lower()} for load in report.loads],
         "incarnation": report.incarnation,
         "last_seen": time_text(node.last_seen),
     }

@@ -1,100 +1,186 @@
-"""The loading queue: who reads, who waits, who shares."""
+"""Grants as the agent sees them: what it reports of the pool, and what it does with bad news."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sllm.errors import InvalidCheckpoint
+from sllm.core.residency import ResidencyState, Tier
+from sllm.errors import ChunkCorrupt, InvalidCheckpoint, NotFound, PartitionTruncated
+from sllm.loader.format import PAGE_BYTES, Tensor
+from sllm.loader.runtime_layouts import CHECKPOINT
+from sllm.loader.writing import CheckpointWriter
+
+MakeNode = Callable[..., Any]
+MakeModel = Callable[..., Path]
 
 
-async def test_progress_goes_from_nothing_to_all(
-    make_node: Callable[..., Any], make_model: Callable[..., Path]
+async def fed(feed_fd: int) -> list[bytes]:
+    """Return all that a feed says."""
+    said, loop = [], asyncio.get_running_loop()
+    with socket.socket(fileno=os.dup(feed_fd)) as feed:
+        feed.setblocking(False)
+        while packet := await loop.sock_recv(feed, 4096):
+            said.append(packet)
+    return said
+
+
+async def loaded(node: Any, digest: str) -> None:
+    """Load a checkpoint, and let it go."""
+    async with node.local.weights.granted(node.local.store.with_digest(digest)) as granted:
+        await fed(granted.feed_fd)
+
+
+def residency(node: Any, tier: Tier) -> list[ResidencyState]:
+    return [each.state for each in node.local.report("127.0.0.1:1").residencies if each.tier is tier]
+
+
+async def test_a_grant_shows_the_weights_and_ends_with_its_context(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    stored = node.local.store.with_digest(await node.add(model))
+    async with node.local.weights.granted(stored) as granted:
+        await fed(granted.feed_fd)
+        grant = granted.grant
+        assert (grant.digest, grant.size_bytes) == (stored.manifest.digest, stored.manifest.tensor_bytes)
+        data = b"".join(os.pread(granted.lease_fd, e.size_bytes, e.offset) for e in grant.extents)
+        assert data[: grant.size_bytes] == (node.local.store.folder(stored) / "partition-000.bin").read_bytes()
+    for fd in (granted.lease_fd, granted.feed_fd):
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+async def test_the_node_says_what_is_loading_and_what_is_in_memory(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    stored = node.local.store.with_digest(await node.add(model))
+    assert residency(node, Tier.DRAM) == []
+    node.reading.hold()
+    async with node.local.weights.granted(stored) as granted:
+        await node.until(lambda: residency(node, Tier.DRAM) == [ResidencyState.LOADING])
+        node.reading.go_on()
+        await fed(granted.feed_fd)
+    await node.until(lambda: residency(node, Tier.DRAM) == [ResidencyState.READY])
+    usage = node.local.weights.usage
+    assert (usage.tier, usage.capacity_bytes, usage.used_bytes) == (Tier.DRAM, 256 << 20, 8 << 20)
+
+
+async def test_each_load_is_reported_with_what_it_took(make_node: MakeNode, make_model: MakeModel, model: Path) -> None:
+    node = make_node(dram_bytes=16 << 20)
+    digests = [await node.add(model), await node.add(make_model("other", 5 << 20), "other")]
+    for digest in (*digests, digests[0]):
+        await loaded(node, digest)
+    await node.until(lambda: len(node.local.weights.loads) == 2)
+    loads = node.local.report("127.0.0.1:1").loads
+    assert [(load.number, load.digest, load.tier) for load in loads] == [
+        (1, digests[0], Tier.SSD),
+        (2, digests[1], Tier.SSD),
+    ]
+    assert all(load.read_s > 0 and load.queue_s >= 0 for load in loads)
+    assert loads[0].size_bytes == node.local.store.with_digest(digests[0]).manifest.tensor_bytes
+
+
+async def test_only_the_last_loads_are_kept_and_their_numbers_go_on(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    for count in range(1, 19):
+        await loaded(node, digest)
+        node.local.weights.forget(digest)
+        await node.until(lambda: node.local.weights.in_memory == ())
+        await node.until(lambda count=count: node.local.weights.loads[-1].number == count)
+    assert [load.number for load in node.local.weights.loads] == list(range(3, 19))
+
+
+async def test_a_copy_whose_bytes_are_wrong_is_in_quarantine(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    stored = node.local.store.with_digest(digest)
+    with (node.local.store.folder(stored) / "partition-000.bin").open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"x")
+    async with node.local.weights.granted(stored) as granted:
+        assert b"CHUNK_CORRUPT" in (await fed(granted.feed_fd))[-1]
+    await node.until(lambda: residency(node, Tier.SSD) == [ResidencyState.QUARANTINED])
+    with pytest.raises(InvalidCheckpoint, match="damaged"):
+        node.local.store.with_digest(digest)
+    await node.until(lambda: node.local.weights.in_memory == ())
+
+
+async def test_what_cannot_be_read_at_all_is_an_error_for_all_who_wait(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    stored = node.local.store.with_digest(await node.add(model))
+    os.truncate(node.local.store.folder(stored) / "partition-000.bin", 5)
+
+    async def ask() -> bytes:
+        async with node.local.weights.granted(stored) as granted:
+            return (await fed(granted.feed_fd))[-1]
+
+    said = await asyncio.gather(ask(), ask())
+    assert all(PartitionTruncated.reason.encode() in each for each in said)
+    await node.until(lambda: residency(node, Tier.SSD) == [ResidencyState.QUARANTINED])
+
+
+async def test_a_runtime_layout_counts_as_its_checkpoint_and_a_damaged_one_is_removed(
+    make_node: MakeNode, model: Path
 ) -> None:
     node = make_node()
-    digest = await node.add(make_model("large", 128 << 20))
-    seen: list[float] = []
-    async with node.local.weights.pinned(node.local.store.with_digest(digest), seen.append) as region:
-        assert region.ready
-        assert region.pins == 1
-    assert seen[0] == 0.0
-    assert seen == sorted(seen)
-    assert region.pins == 0
+    digest = await node.add(model)
+    key = {CHECKPOINT: digest, "engine": "fake", "engine_version": "1"}
+    layout = written_runtime(node, key)
+    async with node.local.weights.granted(layout) as granted:
+        await fed(granted.feed_fd)
+    await node.until(lambda: residency(node, Tier.DRAM) == [ResidencyState.READY])
+    assert [held.digest for held in node.local.weights.in_memory] == [digest]
+    node.local.weights.forget(digest)
+    await node.until(lambda: node.local.weights.in_memory == ())
+    os.truncate(layout.folder / "partition-000.bin", 5)
+    async with node.local.weights.granted(layout) as granted:
+        await fed(granted.feed_fd)
+    await node.until(lambda: node.local.store.runtime(key) is None)
+    assert residency(node, Tier.SSD) == [ResidencyState.READY]
 
 
-async def test_one_of_two_who_share_a_read_may_leave(
-    make_node: Callable[..., Any], make_model: Callable[..., Path]
+def written_runtime(node: Any, key: dict[str, str]) -> Any:
+    with CheckpointWriter(node.local.store.runtime_work(key, PAGE_BYTES), [PAGE_BYTES]) as writer:
+        with writer.partition() as partition:
+            partition.write(bytes(PAGE_BYTES))
+        writer.commit({"w": Tensor(0, 0, PAGE_BYTES, "uint8", (PAGE_BYTES,), (1,))}, layout="runtime", key=key)
+    return node.local.store.adopt_runtime(key)
+
+
+async def test_a_prefetch_stays_in_memory_though_nobody_asked_yet(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    node.local.weights.prefetch(node.local.store.with_digest(digest))
+    await node.until(lambda: residency(node, Tier.DRAM) == [ResidencyState.READY])
+    await loaded(node, digest)
+    assert node.reading.opened == ["demo"]
+
+
+async def test_a_checkpoint_that_is_removed_leaves_the_memory_too(make_node: MakeNode, model: Path) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    await loaded(node, digest)
+    await node.local.checkpoints.remove("demo")
+    await node.until(lambda: node.local.weights.in_memory == ())
+    with pytest.raises(NotFound):
+        node.local.store.with_digest(digest)
+
+
+async def test_files_are_verified_with_progress_and_what_is_wrong_is_in_quarantine(
+    make_node: MakeNode, model: Path
 ) -> None:
     node = make_node()
-    manifest = node.local.store.with_digest(await node.add(make_model("large", 64 << 20)))
-    reading = asyncio.Event()
-
-    async def hold() -> int:
-        async with node.local.weights.pinned(manifest, lambda _: reading.set()) as region:
-            return int(region.pins)
-
-    first, second = asyncio.create_task(hold()), asyncio.create_task(hold())
-    await reading.wait()
-    first.cancel()
-    assert await second >= 1
-    with pytest.raises(asyncio.CancelledError):
-        await first
-    held = node.local.weights.pool.find(manifest.checkpoint.digest)
-    assert (held.ready, held.pins) == (True, 0)
-
-
-async def test_a_read_that_all_have_left_is_called_off_and_can_be_begun_again(
-    make_node: Callable[..., Any], make_model: Callable[..., Path]
-) -> None:
-    node = make_node()
-    manifest = node.local.store.with_digest(await node.add(make_model("large", 96 << 20)))
-    reading = asyncio.Event()
-
-    async def hold() -> None:
-        async with node.local.weights.pinned(manifest, lambda _: reading.set()):
-            pass
-
-    task = asyncio.create_task(hold())
-    await reading.wait()
-    task.cancel()
-    await asyncio.wait([task])
-    assert node.local.weights.pool.regions() == ()
-    await hold()
-    assert node.local.weights.pool.regions()[0].ready
-
-
-async def test_what_cannot_be_read_is_an_error_for_all_who_wait(make_node: Callable[..., Any], model: Path) -> None:
-    node = make_node()
-    manifest = node.local.store.with_digest(await node.add(model))
-    (node.local.store.folder(manifest) / "model.safetensors").write_bytes(b"short")
-
-    async def hold() -> None:
-        async with node.local.weights.pinned(manifest, lambda _: None):
-            pass
-
-    outcomes = await asyncio.gather(hold(), hold(), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [InvalidCheckpoint] * 2
-    assert node.local.weights.pool.regions() == ()
-
-
-async def test_a_full_pool_gives_up_what_is_not_used(
-    make_node: Callable[..., Any], make_model: Callable[..., Path]
-) -> None:
-    node = make_node(dram_bytes=10 << 20)
-    store, weights = node.local.store, node.local.weights
-    manifests = []
-    for number in range(3):
-        digest = await node.add(make_model(f"m{number}", (4 << 20) + number * 64), f"m{number}")
-        manifests.append(store.with_digest(digest))
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(weights.pinned(manifests[0], lambda _: None))
-        for manifest in manifests[1:]:
-            async with weights.pinned(manifest, lambda _: None):
-                pass
-        held = {region.digest for region in weights.pool.regions()}
-    assert held == {manifests[0].checkpoint.digest, manifests[2].checkpoint.digest}
+    stored = node.local.store.with_digest(await node.add(model))
+    folder, seen = node.local.store.folder(stored), []
+    await node.local.weights.verify(folder, lambda *done: seen.append(done))
+    assert seen[-1] == (stored.manifest.stored_bytes, stored.manifest.stored_bytes)
+    with (folder / "partition-000.bin").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(ChunkCorrupt):
+        await node.local.weights.verify(folder, lambda *done: None)
+    await node.until(lambda: residency(node, Tier.SSD) == [ResidencyState.QUARANTINED])
