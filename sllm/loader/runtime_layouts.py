@@ -40,14 +40,16 @@ class RuntimeLayout:
 
 
 class RuntimeLayouts:
-    """Those under one folder, which is made when it is missing."""
+    """Those under one folder, which is made when the first is written."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(mode=0o700, exist_ok=True)
         self._root = root
         self._lock = threading.Lock()
-        remove_leftovers(root)
-        self._layouts = {layout.folder: layout for folder in sorted(root.iterdir()) if (layout := _read(folder))}
+        # Replaced, never changed in place: readers in other threads take no lock.
+        self._layouts: dict[Path, RuntimeLayout] = {}
+        if root.is_dir():
+            remove_leftovers(root)
+            self._layouts = {layout.folder: layout for folder in sorted(root.iterdir()) if (layout := _read(folder))}
 
     def all(self) -> tuple[RuntimeLayout, ...]:
         """Return them, the longest unused first."""
@@ -58,9 +60,14 @@ class RuntimeLayouts:
         return sum(layout.manifest.stored_bytes for layout in self.all())
 
     def folder(self, key: Mapping[str, str]) -> Path:
-        """Return where the layout with this key is, or is to be written."""
+        """Return where the layout with this key is, if it is here."""
         text = json.dumps(dict(sorted(key.items())), separators=(",", ":"))
         return self._root / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def work(self, key: Mapping[str, str]) -> Path:
+        """Return where the layout with this key is to be written. Raises OSError."""
+        self._root.mkdir(mode=0o700, exist_ok=True)
+        return self.folder(key)
 
     def find(self, key: Mapping[str, str]) -> RuntimeLayout | None:
         """Return the layout with this key, if it is here and whole. Removes those that its engine has outgrown."""

@@ -210,9 +210,9 @@ class SsdStore:
         `size_bytes`; None if there is no room for it, even when other runtime layouts give way."""
         try:
             self._make_room(size_bytes, None)
-        except CapacityExceeded:
+            return self._runtimes.work(key)
+        except (CapacityExceeded, OSError):
             return None
-        return self._runtimes.folder(key)
 
     def adopt_runtime(self, key: Mapping[str, str]) -> RuntimeLayout:
         """Take in a runtime layout that was written. Raises StaleLayout, InvalidCheckpoint: it is removed."""

@@ -33,7 +33,7 @@ async def test_the_same_again_joins_the_work_under_way(make_node: Callable[..., 
     node = make_node()
     both = await asyncio.gather(node.add(model), node.add(model))
     assert both[0] == both[1] == await node.add(model)
-    assert len(node.local.store.manifests()) == 1
+    assert len(node.local.store.entries()) == 1
 
 
 async def test_a_name_that_is_being_added_is_taken(
@@ -56,7 +56,7 @@ async def test_adding_goes_on_when_nobody_watches(
     source = str(make_model("large", 64 << 20))
     async for _ in node.local.checkpoints.add(DEMO, source):
         break
-    await node.until(node.local.store.manifests)
+    await node.until(node.local.store.entries)
 
 
 async def test_stopping_calls_off_what_is_being_added(
@@ -120,19 +120,19 @@ async def test_what_a_replica_uses_is_not_removed(
     await node.local.checkpoints.remove(DEMO)
     with pytest.raises(NotFound):
         await node.local.checkpoints.remove(DEMO)
-    assert node.local.weights.pool.regions() == ()
+    await node.until(lambda: node.local.weights.in_memory == ())
 
 
 async def test_memory_keeps_a_content_that_has_another_name(make_node: Callable[..., Any], model: Path) -> None:
     node = make_node()
     digest = await node.add(model)
     assert await node.add(model, "twin") == digest
-    async with node.local.weights.pinned(node.local.store.with_digest(digest), lambda _: None):
-        pass
+    node.local.weights.prefetch(node.local.store.with_digest(digest))
+    await node.until(lambda: [held.ready for held in node.local.weights.in_memory] == [True])
     await node.local.checkpoints.remove(DEMO)
-    assert node.local.weights.pool.find(digest)
+    assert [held.digest for held in node.local.weights.in_memory] == [digest]
     await node.local.checkpoints.remove(CheckpointName("twin"))
-    assert not node.local.weights.pool.find(digest)
+    await node.until(lambda: node.local.weights.in_memory == ())
 
 
 async def test_a_start_finds_nothing_of_what_is_being_removed(
@@ -156,10 +156,11 @@ async def test_a_copy_that_a_start_finds_damaged_is_put_in_quarantine_until_it_i
     node = make_node()
     spec = make_spec(await node.add(model))
     manifest = node.local.store.with_digest(spec.digest)
-    (node.local.store.folder(manifest) / "model.safetensors").write_bytes(b"short")
+    (node.local.store.folder(manifest) / "partition-000.bin").write_bytes(b"short")
     node.local.replicas.start(spec)
-    await node.until(lambda: node.state() == "failed")
-    assert node.status().error_reason == "INVALID_CHECKPOINT"
+    await node.until(node.local.store.damaged)
+    node.local.replicas.stop(spec.id, 1, 0.0)
+    await node.until(lambda: node.state() == "gone")
     report = node.local.report("127.0.0.1:1")
     assert [(r.tier, r.state) for r in report.residencies] == [(Tier.SSD, ResidencyState.QUARANTINED)]
     with pytest.raises(InvalidCheckpoint, match="damaged"):

@@ -13,11 +13,21 @@ from pathlib import Path
 import pytest
 
 from sllm.core.ids import CheckpointName
-from sllm.errors import Cancelled, CapacityExceeded, Conflict, InvalidCheckpoint, NotFound
+from sllm.errors import (
+    Cancelled,
+    CapacityExceeded,
+    Conflict,
+    ExecutionFileDamaged,
+    InvalidCheckpoint,
+    NotFound,
+    StaleLayout,
+)
+from sllm.loader.conversion import convert
 from sllm.loader.folder import read_manifest
 from sllm.loader.format import to_bytes
 from sllm.loader.source import examine
 from sllm.loader.store import SsdStore, StoredCheckpoint
+from sllm.loader.writing import CheckpointWriter
 
 NAME = CheckpointName("demo")
 
@@ -27,8 +37,7 @@ def add(store: SsdStore, model: Path, name: CheckpointName = NAME) -> StoredChec
 
 
 def visible(store: SsdStore) -> list[str]:
-    """Return what is in the store's folder, runtime layouts aside."""
-    return sorted(path.name for path in store.root.iterdir() if path.name != ".runtime")
+    return sorted(path.name for path in store.root.iterdir())
 
 
 @pytest.fixture
@@ -171,7 +180,7 @@ def test_a_folder_that_has_no_checkpoints_name_is_left_out_and_left_alone(store:
 
 def manifest_changed(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b"model.scale", b"model.elacs"))
+    path.write_bytes(path.read_bytes().replace(b"chunk_bytes", b"chunk_sizes"))
 
 
 def manifest_replaced(folder: Path) -> None:
@@ -267,3 +276,187 @@ def test_gives_execution_files_in_pieces(store: SsdStore, model: Path) -> None:
     assert whole == {path.name: path.read_bytes() for path in model.iterdir() if path.suffix != ".safetensors"}
     with pytest.raises(NotFound):
         next(store.execution_files("sha256:none", piece_bytes=16))
+
+
+def test_an_execution_file_that_is_not_what_was_added_is_not_given_as_if_it_were(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    (store.folder(entry) / "tokenizer.json").write_text("[]")
+    with pytest.raises(ExecutionFileDamaged):
+        list(store.execution_files(entry.checkpoint.digest, piece_bytes=16))
+    assert store.damaged() == (entry,)
+
+
+def test_a_checkpoint_of_our_own_format_is_added_as_it_is(store: SsdStore, model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "converted")
+    assert add(store, tmp_path / "converted").checkpoint.digest == add(store, model).checkpoint.digest
+
+
+def test_a_checkpoint_that_does_not_say_which_model_it_is_is_not_added(
+    store: SsdStore, model: Path, tmp_path: Path
+) -> None:
+    (model / "config.json").unlink()
+    convert(model, tmp_path / "converted")
+    with pytest.raises(InvalidCheckpoint, match="which model"):
+        add(store, tmp_path / "converted")
+    assert visible(store) == []
+
+
+def test_a_name_that_an_alien_file_has_is_taken_over(store: SsdStore, model: Path) -> None:
+    (store.root / NAME).write_text("not ours")
+    add(store, model)
+    assert visible(store) == [NAME]
+
+
+# --- runtime layouts ------------------------------------------------------------------------------
+
+LAYOUT_BYTES = 8192
+
+
+def key_of(entry: StoredCheckpoint, **changes: str) -> dict[str, str]:
+    return {
+        "checkpoint": entry.checkpoint.digest,
+        "engine": "vllm",
+        "engine_version": "0.32.0",
+        "rank": "0",
+        **changes,
+    }
+
+
+def write_runtime(store: SsdStore, key: dict[str, str], said: dict[str, str] | None = None) -> Path:
+    """Write a runtime layout as an engine host does; `said` is the key it puts in it."""
+    work = store.runtime_work(key, LAYOUT_BYTES)
+    assert work
+    with CheckpointWriter(work, [LAYOUT_BYTES]) as writer:
+        with writer.partition():
+            pass
+        writer.commit({}, layout="runtime", key=said or key)
+    return work
+
+
+def test_a_runtime_layout_is_found_by_its_key_also_after_a_restart(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    key = key_of(entry)
+    assert store.runtime(key) is None
+    folder = write_runtime(store, key)
+    assert store.runtime(key) is None  # not before it is adopted
+    assert store.adopt_runtime(key).folder == folder
+    for there in (store, SsdStore(store.root)):
+        found = there.runtime(dict(reversed(key.items())))
+        assert found
+        assert (found.folder, dict(found.manifest.key)) == (folder, key)
+        assert there.runtime(key_of(entry, rank="1")) is None
+        assert there.used_bytes == entry.manifest.stored_bytes + LAYOUT_BYTES
+
+
+def test_a_runtime_layout_that_was_made_for_something_else_is_removed_not_adopted(store: SsdStore, model: Path) -> None:
+    key = key_of(add(store, model))
+    folder = write_runtime(store, key, said={**key, "dtype": "float16"})
+    with pytest.raises(StaleLayout):
+        store.adopt_runtime(key)
+    assert not folder.exists()
+    assert store.runtime(key) is None
+
+
+def test_an_hf_layout_is_never_taken_for_a_runtime_layout(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    key = key_of(entry)
+    work = store.runtime_work(key, LAYOUT_BYTES)
+    assert work
+    shutil.copytree(store.folder(entry), work)
+    assert SsdStore(store.root).runtime(key) is None
+    assert not work.exists()
+
+
+def test_layouts_of_another_version_of_an_engine_are_removed_when_one_is_asked_for(
+    store: SsdStore, model: Path
+) -> None:
+    entry = add(store, model)
+    old, other = key_of(entry, engine_version="0.31.0"), key_of(entry, engine="other", engine_version="1")
+    for key in (old, other):
+        write_runtime(store, key)
+        store.adopt_runtime(key)
+    assert store.runtime(key_of(entry)) is None
+    assert [dict(layout.manifest.key) for layout in store.runtimes()] == [other]
+
+
+@pytest.mark.parametrize("damage", [cut, lost, manifest_changed])
+def test_a_damaged_runtime_layout_is_removed(store: SsdStore, model: Path, damage: Callable[[Path], None]) -> None:
+    key = key_of(add(store, model))
+    folder = write_runtime(store, key)
+    store.adopt_runtime(key)
+    damage(folder)
+    again = SsdStore(store.root)
+    assert again.runtime(key) is None
+    assert not folder.exists()
+
+
+def test_a_runtime_layout_that_loses_its_files_is_not_given_out(store: SsdStore, model: Path) -> None:
+    key = key_of(add(store, model))
+    lost(write_runtime(store, key))
+    with pytest.raises(InvalidCheckpoint):
+        store.adopt_runtime(key)
+    folder = write_runtime(store, key)
+    store.adopt_runtime(key)
+    lost(folder)
+    assert store.runtime(key) is None
+    assert store.runtimes() == ()
+
+
+def test_runtime_layouts_go_with_the_last_checkpoint_of_their_content(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    add(store, model, CheckpointName("twin"))
+    folder = write_runtime(store, key_of(entry))
+    store.adopt_runtime(key_of(entry))
+    store.discard(store.withdraw(NAME))
+    assert folder.exists()
+    store.discard(store.withdraw(CheckpointName("twin")))
+    assert not folder.exists()
+
+
+def test_an_orphan_runtime_layout_is_removed_at_the_start(store: SsdStore, model: Path) -> None:
+    entry = add(store, model)
+    folder = write_runtime(store, key_of(entry))
+    store.adopt_runtime(key_of(entry))
+    shutil.rmtree(store.folder(entry))
+    SsdStore(store.root)
+    assert not folder.exists()
+
+
+def test_the_longest_unused_runtime_layouts_make_room_for_a_checkpoint_and_no_checkpoint_does(
+    tmp_path: Path, model: Path
+) -> None:
+    store = SsdStore(tmp_path / "checkpoints")
+    entry = add(store, model)
+    size = entry.manifest.stored_bytes
+    keys = [key_of(entry, rank=str(rank)) for rank in range(3)]
+    for key in keys:
+        write_runtime(store, key)
+        store.adopt_runtime(key)
+    for seconds, key in enumerate(keys):
+        os.utime(store.adopt_runtime(key).folder, (seconds, seconds))
+    os.utime(store.adopt_runtime(keys[0]).folder, (9, 9))  # used last, though made first
+    store = SsdStore(store.root, limit_bytes=size + 3 * LAYOUT_BYTES + size - 1)
+    twin = add(store, model, CheckpointName("twin"))
+    assert [layout.manifest.key["rank"] for layout in store.runtimes()] == ["2", "0"]
+    assert store.used_bytes == 2 * size + 2 * LAYOUT_BYTES
+    store = SsdStore(store.root, limit_bytes=2 * size + 2 * LAYOUT_BYTES)
+    (model / "tokenizer.json").write_bytes(bytes(2 * LAYOUT_BYTES))
+    with pytest.raises(CapacityExceeded):
+        add(store, model, CheckpointName("larger"))
+    assert len(store.runtimes()) == 2  # all of them would not have been enough: none went
+    assert store.entries() == (entry, twin)
+
+
+def test_a_runtime_layout_for_which_there_is_no_room_is_not_begun(tmp_path: Path, model: Path) -> None:
+    entry = add(SsdStore(tmp_path / "checkpoints"), model)
+    store = SsdStore(tmp_path / "checkpoints", limit_bytes=entry.manifest.stored_bytes + 100)
+    assert store.runtime_work(key_of(entry), 101) is None
+    assert store.runtime_work(key_of(entry), 100)
+
+
+def test_a_runtime_layout_that_did_not_fit_is_dropped(store: SsdStore, model: Path) -> None:
+    key = key_of(add(store, model))
+    folder = write_runtime(store, key)
+    store.adopt_runtime(key)
+    store.drop_runtime(key)
+    assert (store.runtime(key), folder.exists()) == (None, False)
