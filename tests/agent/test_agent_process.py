@@ -41,7 +41,7 @@ async def test_a_replica_starts_serves_and_stops(
     spec = make_spec(checkpoint.digest, devices=CPU)
     await agent.start_replica(spec)
     status = await agent.replica_in("ready")
-    assert status.phases_s.keys() == {"queued", "reading", "forking", "building"}
+    assert status.phases_s.keys() == {"queued", "forking", "loading", "building"}
     assert status.address
     assert start_ticks(status.pid) is not None
     scratch = agent.state / "scratch" / "replicas" / spec.id
@@ -75,7 +75,8 @@ async def test_a_second_start_finds_the_weights_in_memory(
     assert Tier.DRAM in {r.tier for r in report.residencies}
     again = make_spec(digest, id=ReplicaId("rep-2"), generation=2, devices=CPU)
     await agent.start_replica(again)
-    assert "reading" not in (await agent.replica_in("ready")).phases_s
+    await agent.replica_in("ready")
+    assert len(agent.controller.reports[-1].loads) == 1
 
 
 async def test_a_killed_host_is_a_failed_replica_with_free_devices(
@@ -204,8 +205,9 @@ async def test_stop_with_agent_leaves_no_process(
     await agent.start()
     await agent.start_replica(make_spec((await agent.add(model)).digest, devices=CPU))
     status = await agent.replica_in("ready")
+    left = children(agent.process.pid)
     assert await agent.kill(signal.SIGTERM) == 0
-    assert start_ticks(status.pid) is None
+    assert [pid for pid in (status.pid, *left) if start_ticks(pid)] == []
     assert agent.host_records() == []
 
 
@@ -234,7 +236,7 @@ async def test_a_killed_warm_process_is_replaced_and_its_hosts_live_on(
     digest = (await agent.add(model)).digest
     await agent.start_replica(make_spec(digest, devices=CPU))
     status = await agent.replica_in("ready")
-    warm = next(pid for pid in children(agent.process.pid) if pid != status.pid)
+    warm = child_that_runs(agent, "sllm.engine.warm")
     os.kill(warm, signal.SIGKILL)
     await agent.controller.until(lambda r: not r.warm)
     other = make_spec(digest, id=ReplicaId("rep-2"), devices=(DeviceId("cpu-1"),))
@@ -243,20 +245,67 @@ async def test_a_killed_warm_process_is_replaced_and_its_hosts_live_on(
     assert report.replicas[0].pid == status.pid
 
 
+def child_that_runs(agent: Any, module: str) -> int:
+    return next(
+        pid for pid in children(agent.process.pid) if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    )
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-async def test_nothing_of_a_killed_agent_stays_but_hosts_within_their_grace(
+async def test_nothing_of_a_killed_agent_stays_beyond_the_grace(
     make_agent: Callable[..., Any], process_end: Callable[[int], Awaitable[None]]
 ) -> None:
-    agent = make_agent()
+    agent = make_agent(grace_s=1.0)
     await agent.start()
     left = children(agent.process.pid)
-    assert left
+    assert len(left) == 2  # the warm process, which ends at once, and the store process
     await agent.kill()
     for pid in left:
         await process_end(pid)
+
+
+async def test_what_is_in_memory_outlives_agent_and_store_process(
+    make_agent: Callable[..., Any], make_spec: Callable[..., Any], model: Path
+) -> None:
+    agent = make_agent(grace_s=20.0)
+    await agent.start()
+    spec = make_spec((await agent.add(model)).digest, devices=CPU)
+    await agent.start_replica(spec)
+    await agent.replica_in("ready")
+    await agent.controller.until(lambda r: in_dram(r) == [ResidencyState.READY] and len(r.loads) == 1)
+    os.kill(child_that_runs(agent, "sllm.agent.store.main"), signal.SIGKILL)
+    await agent.controller.until(lambda r: in_dram(r) == [ResidencyState.LOADING])
+    await agent.controller.until(lambda r: in_dram(r) == [ResidencyState.READY])
+    store = child_that_runs(agent, "sllm.agent.store.main")
+    await agent.kill()
+    await agent.start()
+    await agent.controller.until(lambda r: in_dram(r) == [ResidencyState.READY])
+    assert start_ticks(store) is not None
+    await agent.stop_replica(spec)
+    again = make_spec(spec.digest, id=ReplicaId("rep-2"), generation=2, devices=CPU)
+    await agent.controller.until(lambda r: not r.replicas)
+    await agent.start_replica(again)
+    await agent.replica_in("ready")
+    assert agent.controller.reports[-1].loads == ()
+
+
+def in_dram(report: Any) -> list[ResidencyState]:
+    return [residency.state for residency in report.residencies if residency.tier is Tier.DRAM]
+
+
+async def test_a_store_process_that_dies_while_it_reads_fails_the_start_and_is_replaced(
+    make_agent: Callable[..., Any], make_spec: Callable[..., Any], make_model: Callable[..., Path]
+) -> None:
+    agent = make_agent(env={"SLLM_FAILPOINT": "mid-read"})
+    await agent.start()
+    spec = make_spec((await agent.add(make_model("large", 64 << 20))).digest, devices=CPU)
+    await agent.start_replica(spec)
+    status = await agent.replica_in("failed")
+    assert "store process ended" in status.error
+    await agent.controller.until(lambda r: device_states(r) == [DeviceState.FREE])
 
 
 async def test_serves_execution_files_and_logs(
