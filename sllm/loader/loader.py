@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sllm.errors import InvalidArgument
+from sllm.loader import collector
 from sllm.loader.folder import read_manifest
 from sllm.loader.format import Manifest
 from sllm.loader.memory import arena, cuda, space
@@ -47,9 +48,13 @@ def load(
     """
     deadline = None if deadline_s is None else time.monotonic() + deadline_s
     target = _device(device)
-    folder = Path(path)
-    manifest = read_manifest(folder)
     control = Control(verify=verify, progress=progress, cancelled=cancelled or (lambda: False), deadline=deadline)
+    with collector.held_off():
+        return _load(Path(path), target, pool, control)
+
+
+def _load(folder: Path, target: torch.device, pool: Pool | None, control: Control) -> dict[str, torch.Tensor]:
+    manifest = read_manifest(folder)
     loading = plan(manifest)
     with _opened(folder, loading) as files:
         if target.type == "cpu":

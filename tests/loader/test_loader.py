@@ -305,3 +305,31 @@ print(sorted({heavy} & set(sys.modules)))
         [sys.executable, "-c", program, str(checkpoint)], capture_output=True, text=True, timeout=100
     )
     assert (found.stdout.strip(), found.returncode) == ("[]", 0), found.stderr
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_during_a_load_and_the_setting_is_kept(checkpoint: Path, enabled: bool) -> None:
+    seen: list[bool] = []
+    (gc.enable if enabled else gc.disable)()
+    try:
+        sllm.loader.load(checkpoint, progress=lambda done, total: seen.append(gc.isenabled()))
+        assert seen
+        assert not any(seen)
+        assert gc.isenabled() == enabled
+        with pytest.raises(ManifestMissing):
+            sllm.loader.load(checkpoint / "nowhere")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+def test_the_collector_stays_off_until_the_last_of_several_loads_is_done(checkpoint: Path) -> None:
+    def inner(done: int, total: int) -> None:
+        sllm.loader.load(checkpoint)
+        seen.append(gc.isenabled())
+
+    seen: list[bool] = []
+    sllm.loader.load(checkpoint, progress=inner)
+    assert seen
+    assert not any(seen)
+    assert gc.isenabled()
