@@ -242,7 +242,9 @@ class Race:
         turns |= {loader.name: partial(self._load, loader, expected) for loader in loaders}
         samples: Samples = {name: [] for name in turns}
         for number in range(rounds):
-            for name in [name for name in turns if name not in self.left_out]:
+            first = number % len(turns)  # nobody always comes after the same one
+            order = [*turns][first:] + [*turns][:first]
+            for name in [name for name in order if name not in self.left_out]:
                 self._turn(name, turns[name], samples)
             console.print(f"round {number + 1} of {rounds}: {POOL.name} {samples[POOL.name][-1].seconds:.3f} s")
         return {name: each for name, each in samples.items() if name not in self.left_out}

@@ -47,7 +47,7 @@ def run(rounds: int, *, quick: bool) -> Result:
         size_bytes=size_of(kind),
         samples={name: samples[name] for name in (POOLED, LOAD_FILE)},
         goals=[Goal(what="time of load_file -> GPU / ours", target=1, value=ratio(samples, LOAD_FILE, POOLED))],
-        facts={"quick": quick, **_link_facts(samples)},
+        facts={"disk": device.name, "quick": quick, **_link_facts(samples)},
     )
 
 

@@ -20,7 +20,7 @@ from common import table
 from loader_cases import WARM_UP, write
 from loader_checkpoints import Tensors, size_of
 from loader_device import huge_pages, plain_folder
-from loader_measure import MeasurementFailed, bytes_of, in_fork
+from loader_measure import MeasurementFailed, bytes_of, drop_cache, in_fork
 from loader_peers import load_file, partitions, pool_bytes
 from loader_report import Goal, Result
 
@@ -53,6 +53,7 @@ def run(rounds: int, *, quick: bool) -> Result:
         )
         uses = {MAPPED: _rounds(mapped, rounds + 1)[1:]}  # the first one warms the page cache
         uses[SMALL] = in_fork(partial(_from_pool, device.folder / "sllm", rounds, huge=False))
+        drop_cache(device.folder)  # huge pages need the room
         with huge_pages(pool_bytes(device.folder / "sllm"), reserve=not quick) as available:
             if available:
                 uses[HUGE] = in_fork(partial(_from_pool, device.folder / "sllm", rounds, huge=True))
