@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from sllm.errors import ChunkCorrupt, ExecutionFileDamaged, InvalidCheckpoint, ManifestMalformed
+from sllm.errors import ChunkCorrupt, ExecutionFileDamaged, InvalidCheckpoint, ManifestMalformed, NotFound
 from sllm.loader.folder import open_regular
 from sllm.loader.format import Manifest, Partition, Tensor, contiguous, place
 from sllm.loader.source import Source, SourceFile, examine
@@ -24,8 +24,8 @@ _PIECE_BYTES = 1 << 20
 
 
 def convert(
-    source: str | Path,
-    destination: str | Path,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -35,11 +35,15 @@ def convert(
     A `source` of our own format is copied, and verified as it is read.
 
     A checkpoint that is there is replaced in one step. `progress(done_bytes, total_bytes)` is called for every chunk;
-    `cancelled()` is asked as often. Raises InvalidCheckpoint or UnsupportedCheckpoint if the source is wrong,
+    `cancelled()` is asked as often. Raises NotFound, InvalidCheckpoint or UnsupportedCheckpoint if the source is wrong,
     CapacityExceeded if the disk is full, Conflict if the destination is something else, Cancelled.
     """
-    found = examine(Path(source).absolute(), need_config=False)
-    return convert_examined(found, Path(destination), origin=str(source), progress=progress, cancelled=cancelled)
+    folder = Path(os.path.realpath(source))
+    if not folder.is_dir():
+        raise NotFound(f"source {folder} is no folder")
+    # Links may lead from a snapshot to its cache, wherever that is, and nowhere else.
+    found = examine(folder, [Path("/")], need_config=False)
+    return convert_examined(found, Path(destination), origin=str(folder), progress=progress, cancelled=cancelled)
 
 
 def convert_examined(

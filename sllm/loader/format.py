@@ -186,6 +186,12 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def is_file_name(name: str) -> bool:
+    """True if an execution file may have this name: a plain one, which can lead nowhere, and is not ours."""
+    plain = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    return plain and name != MANIFEST and not _PARTITION.fullmatch(name)
+
+
 # --- writing --------------------------------------------------------------------------------
 
 
@@ -400,9 +406,7 @@ def _file(row: Any) -> StoredFile:
     if not isinstance(row, dict) or row.keys() != {"path", "size_bytes", "sha256"}:
         raise ManifestMalformed("an execution file must have path, size_bytes and sha256")
     path = row["path"]
-    # A plain name: it can lead nowhere.
-    plain = isinstance(path, str) and path.isprintable() and "/" not in path and path not in ("", ".", "..", MANIFEST)
-    if not plain or _PARTITION.fullmatch(path):
+    if not isinstance(path, str) or not is_file_name(path):
         raise ManifestMalformed(f"an execution file has the name {str(path)[:80]!r}")
     return StoredFile(
         path=path, size_bytes=_count(row["size_bytes"], f"size_bytes of {path}"), sha256=_sha256(row["sha256"], path)

@@ -77,20 +77,23 @@ class RuntimeLayouts:
             return None
         try:
             check_sizes(found.folder, found.manifest)
-        except SllmError as error:
+            return self._used(found)
+        except (SllmError, OSError) as error:
             log.warning("a runtime layout is removed: %s", error)
             self.remove_all([found])
             return None
-        return self._used(found)
 
     def adopt(self, key: Mapping[str, str]) -> RuntimeLayout:
-        """Take in what an engine host has written to `folder(key)`. Raises StaleLayout, InvalidCheckpoint."""
+        """Take in what was written to `work(key)`. Raises StaleLayout, InvalidCheckpoint: it is removed then."""
         folder = self.folder(key)
-        manifest = read_manifest(folder)
-        if manifest.layout != "runtime" or dict(manifest.key) != dict(key):
+        try:
+            manifest = read_manifest(folder)
+            if manifest.layout != "runtime" or dict(manifest.key) != dict(key):
+                raise StaleLayout(f"the runtime layout in {folder} was made for something else")
+            check_sizes(folder, manifest)
+        except SllmError:
             _delete(folder)
-            raise StaleLayout(f"the runtime layout in {folder} was made for something else")
-        check_sizes(folder, manifest)
+            raise
         return self._used(RuntimeLayout(folder=folder, manifest=manifest, last_used=0.0))
 
     def remove_all(self, layouts: Iterable[RuntimeLayout]) -> None:

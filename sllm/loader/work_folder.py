@@ -141,7 +141,7 @@ def _execution_files(folder: Path) -> set[str]:
 
 
 def _make_locked(parent: Path) -> tuple[Path, int]:
-    """Return a new folder and the descriptor that holds its lock."""
+    """Return a new folder and the descriptor that holds its lock. Raises OSError."""
     while True:
         path = temporary_name(parent)
         path.mkdir()
@@ -152,24 +152,31 @@ def _make_locked(parent: Path) -> tuple[Path, int]:
 
 
 def _remove_if_left(path: Path) -> None:
-    fd = _locked(path)
-    if fd is not None:
-        remove_tree(path)
-        os.close(fd)
+    with suppress(OSError):
+        fd = _locked(path)
+        if fd is not None:
+            remove_tree(path)
+            os.close(fd)
 
 
 def _locked(path: Path) -> int | None:
-    """Return a descriptor with the lock of the folder at `path`; None if another has it, or the folder has gone."""
+    """Return a descriptor with the lock of the folder at `path`; None if another has it, or the folder has gone.
+
+    Raises OSError, where the file system has no locks for instance.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else it was published while we waited
             return fd
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:
+        os.close(fd)
+        raise
     os.close(fd)
     return None
 

@@ -22,7 +22,7 @@ from typing import BinaryIO, Self
 
 import xxhash
 
-from sllm.errors import Cancelled, CapacityExceeded, SllmError
+from sllm.errors import Cancelled, CapacityExceeded, InvalidArgument, SllmError
 from sllm.failpoints import failpoint
 from sllm.loader.format import (
     MANIFEST,
@@ -32,6 +32,7 @@ from sllm.loader.format import (
     StoredFile,
     Tensor,
     chunk_bytes_for,
+    is_file_name,
     parse,
     to_bytes,
 )
@@ -225,7 +226,9 @@ class CheckpointWriter:
                 raise
 
     def add_file(self, name: str, pieces: Iterable[bytes]) -> None:
-        """Write an execution file."""
+        """Write an execution file. Raises InvalidArgument for a name that it cannot have."""
+        if not is_file_name(name):
+            raise InvalidArgument(f"an execution file cannot have the name {name[:80]!r}")
         digest, size = hashlib.sha256(), 0
         with _writing(self._path), self._created(name) as file:
             for piece in pieces:
@@ -251,8 +254,11 @@ class CheckpointWriter:
     ) -> Manifest:
         """Write the manifest, flush everything and let the checkpoint appear; return its manifest, digest included.
 
-        `approve` sees it before; if it raises, nothing appears.
+        `approve` sees it before; if it raises, nothing appears. Raises ValueError if partitions are missing, and as
+        `format.parse` if the tensors do not lie in them.
         """
+        if len(self.partitions) != len(self._sizes):
+            raise ValueError(f"{len(self.partitions)} of {len(self._sizes)} partitions are written")
         manifest = parse(
             to_bytes(
                 Manifest(
@@ -291,8 +297,7 @@ class CheckpointWriter:
             return
         fd = _open_direct(self._work.path / file)
         try:
-            if size_bytes:
-                os.posix_fallocate(fd, 0, size_bytes)
+            _reserve(fd, size_bytes)
             failpoint("write-allocated")
             yield fd
         finally:
@@ -311,6 +316,16 @@ def _open_direct(path: Path) -> int:
             raise
     path.unlink(missing_ok=True)  # some file systems make the file and then refuse
     return os.open(path, flags, 0o666)
+
+
+def _reserve(fd: int, size_bytes: int) -> None:
+    try:
+        if size_bytes:
+            os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        # Not every file system can; what the C library does then, it cannot do with O_DIRECT.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

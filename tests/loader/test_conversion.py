@@ -24,6 +24,7 @@ from sllm.errors import (
     ExecutionFileDamaged,
     InvalidCheckpoint,
     ManifestMalformed,
+    NotFound,
     UnsupportedCheckpoint,
 )
 from sllm.loader import convert, load, save, verify
@@ -133,6 +134,25 @@ def test_a_folder_that_is_no_models_may_be_converted_by_the_library(model: Path,
     assert convert(model, tmp_path / "c").model is None
     (model / "config.json").unlink()
     assert convert(model, tmp_path / "c").model is None
+
+
+def test_a_source_may_be_named_by_a_link_and_lie_in_a_cache_of_links(model: Path, tmp_path: Path) -> None:
+    expected = convert(model, tmp_path / "c").digest
+    (tmp_path / "link").symlink_to(model)
+    assert convert(tmp_path / "link", tmp_path / "c").digest == expected
+    cache = tmp_path / "hub" / "models--x"
+    (cache / "snapshots" / "1").mkdir(parents=True)
+    model.rename(cache / "blobs")
+    for file in (cache / "blobs").iterdir():
+        (cache / "snapshots" / "1" / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert convert(cache / "snapshots" / "1", tmp_path / "c").digest == expected
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_source_that_is_no_folder_is_said_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotFound, match=name):
+        convert(tmp_path / name, tmp_path / "c")
 
 
 def test_progress_goes_up_to_the_total(model: Path, tmp_path: Path) -> None:

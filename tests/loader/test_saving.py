@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sllm.errors import CapacityExceeded, Conflict, UnsupportedCheckpoint
+from sllm.errors import CapacityExceeded, Conflict, InvalidArgument, UnsupportedCheckpoint
 from sllm.loader import load, save, verify
 from sllm.loader.dtypes import ITEM_BYTES
 from sllm.loader.format import PAGE_BYTES, ModelFacts
@@ -199,6 +199,13 @@ def test_what_is_there_and_no_checkpoint_is_not_overwritten(tmp_path: Path) -> N
     with pytest.raises(Conflict):
         save({"w": torch.ones(3)}, tmp_path)
     assert os.listdir(tmp_path) == ["precious.txt"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "..", "", "manifest.json", "partition-000.bin", "a\nb"])
+def test_an_execution_file_goes_nowhere_else(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidArgument, match="cannot have the name"):
+        save({}, tmp_path / "c", execution_files={name: b"x"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tensor_of_more_than_two_gigabytes_comes_back(tmp_path: Path) -> None:
