@@ -6,6 +6,7 @@ registered before the clock, so that the copy of one chunk runs beside the read 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def run(rounds: int, *, quick: bool) -> Result:
     with plain_folder() as device:
         in_fork(lambda: write(kind, {"safetensors", "sllm"}, device.folder))
         expected = in_fork(lambda: digest(load_file(device.folder / "safetensors")()))
-        turns = {
+        turns: dict[str, Callable[[], Sample]] = {
             REGISTER: _register,
             LINK: _link,
             POOLED: partial(_pooled, device.folder / "sllm"),

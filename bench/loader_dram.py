@@ -87,8 +87,8 @@ def _from_pool(folder: Path, rounds: int, *, huge: bool) -> list[Use]:
 def _leased(pool: SharedPool, folder: Path, extents: Sequence[Extent]) -> Use:
     lease = pool.lease(extents)
     try:
-        first = partial(_tensors, folder.parent / WARM_UP / "sllm", lease, extents)
-        return _use(partial(_tensors, folder, lease, extents), first)
+        warm_up = partial(_tensors, folder.parent / WARM_UP / "sllm", lease, extents)
+        return _use(partial(_tensors, folder, lease, extents), warm_up)
     finally:
         os.close(lease)
 
@@ -104,9 +104,9 @@ def _tensors(folder: Path, lease: int, extents: Sequence[Extent]) -> Tensors:
     return tensors_on(memory_as_tensor(memory.buffer), manifest.tensors)
 
 
-def _use(load: Callable[[], Tensors], first: Callable[[], Tensors]) -> Use:
-    """Time a load and two passes. `first` is another load, off the clock: engine hosts are forks of a warm process."""
-    first()
+def _use(load: Callable[[], Tensors], warm_up: Callable[[], Tensors]) -> Use:
+    """Time a load and two passes. `warm_up` is another load, off the clock: engine hosts are forks of a warm process."""
+    warm_up()
     started = time.perf_counter()
     tensors = load()
     ready_s = time.perf_counter() - started
