@@ -105,7 +105,7 @@ def _tensors(folder: Path, lease: int, extents: Sequence[Extent]) -> Tensors:
 
 
 def _use(load: Callable[[], Tensors], warm_up: Callable[[], Tensors]) -> Use:
-    """Time a load and two passes. `warm_up` is another load, off the clock: engine hosts are forks of a warm process."""
+    """Time a load and two passes. `warm_up` is a load off the clock: engine hosts are forks of a warm process."""
     warm_up()
     started = time.perf_counter()
     tensors = load()
