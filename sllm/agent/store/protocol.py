@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, get_type_hints
 
@@ -182,7 +182,8 @@ _PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
 def encode(message: Message) -> bytes:
-    return json.dumps({"kind": type(message).__name__.lower(), **asdict(message)}).encode()
+    values = {name: getattr(message, name) for name in message.__slots__}
+    return json.dumps({"kind": type(message).__name__.lower(), **values}).encode()
 
 
 def decode(packet: bytes) -> Message:
@@ -206,17 +207,8 @@ def _check(hint: Any, value: Any) -> None:
 
 def grant_of(entry: Entry, ready_chunks: int) -> dict[str, Any]:
     """Return the grant of an entry, as it is sent."""
-    grant = Grant(
-        digest=entry.digest,
-        partition=entry.partition,
-        generation=entry.generation,
-        size_bytes=entry.size_bytes,
-        chunk_bytes=entry.chunk_bytes,
-        extents=entry.extents,
-        slots=entry.slots,
-        ready_chunks=ready_chunks,
-    )
-    return asdict(grant)
+    names = set(Grant.__slots__) - {"ready_chunks"}
+    return {name: getattr(entry, name) for name in names} | {"ready_chunks": ready_chunks}
 
 
 def grant_from(values: dict[str, Any]) -> Grant:

@@ -269,7 +269,6 @@ class Server:
             theirs.close()
             asker.refuse(Unavailable(f"the pool cannot be leased: {error.strerror}"))
             return
-        self._tell(protocol.Holds(entry=self._table.use(entry.generation, time.monotonic()).as_json()))
         ready = entry.chunks if load is None else load.ready_chunks
         grant = protocol.Granted(id=asker.request.id, grant=protocol.grant_of(entry, ready))
         asker.channel.send(grant, (lease, theirs.detach()))
@@ -278,6 +277,8 @@ class Server:
             Feed(ours, lambda taken: None, lambda: None).finish(entry.chunks)
         else:
             self._follow(asker, load, ours)
+        # Last: the one who waits goes first. Where the memory lies has been told before.
+        self._tell(protocol.Holds(entry=self._table.use(entry.generation, time.monotonic()).as_json()))
 
     def _follow(self, asker: Asker, load: Load, sock: socket.socket) -> None:
         feed = Feed(sock, load.taken, lambda: self._reconsider(load))
