@@ -120,8 +120,8 @@ def _load_onto(
 
 def _addressed(pipeline: Pipeline, memory: torch.Tensor, manifest: Manifest, loading: Plan) -> dict[str, torch.Tensor]:
     """Run a load, and address the tensors while their bytes arrive."""
-    pipeline.start()
     try:
+        pipeline.start()
         tensors = tensors_on(memory, manifest.tensors, loading.starts)
     except BaseException:
         pipeline.stop()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from sllm.errors import SllmError
+from sllm.errors import Cancelled, SllmError
 from sllm.loader.memory.base import DeviceCopier
 from sllm.loader.plan import Part, Plan
 from sllm.loader.storage.base import Source
@@ -55,8 +55,12 @@ class Pipeline:
         self._control = control
         self._copier = copier
         self._slots = slots
+        self._guard = threading.Lock()
+        self._began = False
         self._stopped = threading.Event()
+        self._ended = threading.Event()
         self._error: BaseException | None = None
+        self._interrupt: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
     def start(self) -> None:
@@ -68,13 +72,14 @@ class Pipeline:
 
         Raises what ChunkReader and the copier raise; the first error ends the load.
         """
-        try:
-            self._thread.join()
-        except BaseException as interrupt:
-            self._stopped.set()
-            self._thread.join()
-            self._error = interrupt
-        error, self._error = self._error, None
+        while not self._ended.is_set():
+            try:
+                # Not the thread's `join`: interrupted, Python 3.11 takes the thread for dead while it runs.
+                self._ended.wait()
+            except BaseException as interrupt:  # Ctrl-C, as often as it comes: no thread may outlive the memory
+                self.stop()
+                self._interrupt = interrupt
+        error, self._interrupt, self._error = self._interrupt or self._error, None, None
         try:
             if error is not None:
                 raise error
@@ -82,10 +87,21 @@ class Pipeline:
             del error  # no cycle through this frame: it would keep memory
 
     def stop(self) -> None:
-        """End the load at the next chunk; `wait` then raises Cancelled."""
-        self._stopped.set()
+        """End the load at the next chunk, or before it begins; `wait` then raises Cancelled."""
+        with self._guard:
+            self._stopped.set()
+            if not self._began:
+                self._error = Cancelled("the load was cancelled")
+                self._ended.set()
+
+    def _begin(self) -> bool:
+        with self._guard:
+            self._began = not self._stopped.is_set()
+            return self._began
 
     def _run(self) -> None:
+        if not self._begin():
+            return
         try:
             for part, source in zip(self._plan.parts, self._sources, strict=True):
                 self._load(part, source)
@@ -94,6 +110,7 @@ class Pipeline:
         finally:
             if self._copier is not None:
                 self._copier.close()
+            self._ended.set()
 
     def _load(self, part: Part, source: Source) -> None:
         if self._copier is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +94,6 @@ def test_what_was_saved_is_loaded(checkpoint: Path, pooled: bool, verify: bool) 
 )
 @settings(deadline=None, max_examples=50)
 def test_any_dtype_and_shape_comes_back_to_the_byte(rows: list[tuple[str, list[int], int]]) -> None:
-    import tempfile
-
     tensors = {}
     for number, (dtype, shape, seed) in enumerate(rows):
         count = ITEM_BYTES[dtype]
@@ -101,9 +101,7 @@ def test_any_dtype_and_shape_comes_back_to_the_byte(rows: list[tuple[str, list[i
             count *= n
         content = [(seed + n) % (2 if dtype == "bool" else 256) for n in range(count)]
         raw = torch.tensor(content, dtype=torch.uint8)
-        tensors[f"t{number}"] = (
-            raw.view(getattr(torch, dtype)).view(shape) if count else torch.empty(shape, dtype=getattr(torch, dtype))
-        )
+        tensors[f"t{number}"] = raw.view(getattr(torch, dtype)).view(shape)
     with tempfile.TemporaryDirectory() as folder:
         sllm.loader.save(tensors, f"{folder}/c")
         found = sllm.loader.load(f"{folder}/c")
@@ -333,3 +331,27 @@ def test_the_collector_stays_off_until_the_last_of_several_loads_is_done(checkpo
     assert seen
     assert not any(seen)
     assert gc.isenabled()
+
+
+def test_ctrl_c_ends_a_load_and_gives_everything_back(checkpoint: Path) -> None:
+    interrupted = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def progress(done: int, total: int) -> None:
+        if not interrupted.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert interrupted.wait(30)
+
+    threads = threading.active_count()
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        with sllm.loader.Pool(8 << 20) as pool:
+            with pytest.raises(KeyboardInterrupt):
+                sllm.loader.load(checkpoint, pool=pool, progress=progress)
+            assert pool.used_bytes == 0
+            assert threading.active_count() == threads
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -163,6 +163,8 @@ class ChunkReader:
         self._error: BaseException | None = None
         self._wanted_threads = min(threads, self.chunks)
         self._threads: list[threading.Thread] = []
+        self._begun = 0
+        self._ended = 0
 
     @property
     def ready(self) -> int:
@@ -188,11 +190,7 @@ class ChunkReader:
 
     def wait(self) -> None:
         """Return when everything is read. To be called once. Raises as the class says."""
-        try:
-            self._join()
-        except BaseException as interrupt:  # no thread may write into memory that is given back
-            self._fail(interrupt)
-            self._join()
+        self._join()
         error, self._error = self._error, None
         try:
             if error is not None:
@@ -220,10 +218,27 @@ class ChunkReader:
                 self._fail(self._called_off())
 
     def _join(self) -> None:
-        for thread in self._threads:
-            thread.join()
+        """Wait for all threads. An interrupted `Thread.join` of Python 3.11 takes a running thread for dead, so they
+        are counted here."""
+        while True:
+            try:
+                with self._changed:
+                    self._changed.wait_for(self._have_ended)
+                for thread in self._threads:
+                    thread.join()
+                return
+            except BaseException as interrupt:  # Ctrl-C, as often as it comes: no thread may outlive the memory
+                self._fail(interrupt)
+
+    def _have_ended(self) -> bool:
+        all_begun = self._error is not None or self._begun >= len(self._threads)  # after an error none begins
+        return all_begun and self._ended == self._begun
 
     def _work(self) -> None:
+        with self._changed:
+            if self._error is not None:
+                return
+            self._begun += 1
         try:
             while (chunk := next(self._next)) < self.chunks and self._error is None:
                 self._check_wanted()
@@ -232,6 +247,10 @@ class ChunkReader:
                     self._mark(chunk)
         except BaseException as error:
             self._fail(error)
+        finally:
+            with self._changed:
+                self._ended += 1
+                self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
