@@ -24,7 +24,7 @@ from sllm.core.grant import POOL_CHUNK_BYTES
 from sllm.core.ids import NodeName
 from sllm.core.node import NodeReport
 from sllm.core.residency import Tier, TierUsage
-from sllm.errors import SllmError
+from sllm.errors import InvalidConfiguration, SllmError
 from sllm.loader.store import SsdStore
 from sllm.rpc.transport import Tls
 from sllm.version import VERSION
@@ -127,6 +127,12 @@ class LocalNode:
 
 
 def pool_bytes(config: StoreConfig) -> int:
-    """Return the size of the pool, in whole chunks: what the configuration says, or a share of the free memory."""
-    wanted = config.dram_bytes or int(psutil.virtual_memory().available) // _DRAM_SHARE
+    """Return the size of the pool, in whole chunks: what the configuration says, or a share of the free memory.
+
+    Raises InvalidConfiguration for more memory than the machine has: filling it would end other processes.
+    """
+    memory = psutil.virtual_memory()
+    if config.dram_bytes > memory.total:
+        raise InvalidConfiguration(f"store.dram_bytes is {config.dram_bytes}, the machine has {memory.total}")
+    wanted = config.dram_bytes or int(memory.available) // _DRAM_SHARE
     return max(1, wanted // POOL_CHUNK_BYTES) * POOL_CHUNK_BYTES

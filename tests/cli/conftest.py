@@ -16,7 +16,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
-from sllm.core.node import Node, NodeReport, NodeState
+from sllm.core.node import LoadReport, Node, NodeReport, NodeState
 from sllm.core.operation import Operation, OperationState
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.request import RequestRow, RequestState
@@ -90,6 +90,7 @@ NODE = Node(
         residencies=COPIES,
         checkpoints=(CHECKPOINT,),
         replicas=(REPLICA,),
+        loads=(LoadReport(number=1, digest="sha256:5f3c", size_bytes=14, tier=Tier.SSD, queue_s=0.5, read_s=1.5),),
     ),
     state=NodeState.READY,
     last_seen=NOON,
