@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -222,3 +223,4 @@ def test_a_tensor_of_more_than_two_gigabytes_comes_back(tmp_path: Path) -> None:
     assert ends == [b"\1\0", b"\0\2"]
     assert row.size_bytes == size
     assert len(set(manifest.partitions[0].chunks[1:-1])) == 1
+    shutil.rmtree(tmp_path / "c")  # pytest would keep it
