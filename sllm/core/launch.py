@@ -20,17 +20,6 @@ from sllm.core.replica import ReplicaSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
-    """Where a tensor lies in the weights' shared memory: bytes from `offset`, torch dtype by name, shape."""
-
-    name: str
-    offset: int
-    size_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
     """One engine host to fork. `nonce` proves later that a found process is the one meant.
 

@@ -19,6 +19,7 @@ from sllm.core.runtime_layout import runtime_key
 from sllm.engine.vllm_setup import COMMON_ARCHITECTURES, installed_version
 from sllm.engine.weights import Weights
 from sllm.errors import SllmError, StaleLayout
+from sllm.loader.format import LARGE_BYTES
 from sllm.loader.memory import cuda
 from sllm.loader.saving import save
 from sllm.loader.views import bytes_of, tensors_on
@@ -120,20 +121,18 @@ def to_save(model: Any, launch: Launch, config: Any) -> dict[str, torch.Tensor] 
     """Return the parameters to save, after loading and before vLLM processes them any further; None: do not.
 
     Not of quantised models, whose loading makes more than parameters, nor of architectures that are not known to be
-    all in their parameters; nor if holding the parameters until they are saved may not fit beside processed copies.
+    all in their parameters.
     """
     if not launch.save_runtime or config.quantization is not None:
         return None
     if not set(config.architectures) <= set(COMMON_ARCHITECTURES):
         return None
-    tensors = {name: parameter.detach() for name, parameter in parameters(model).items()}
-    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    if launch.memory_bytes and 2 * size_bytes + launch.kv_cache_bytes > launch.memory_bytes:
-        log.info(
-            "the runtime layout is not saved: %d bytes of parameters, memory for two of them is needed", size_bytes
-        )
-        return None
-    return tensors
+    return {name: _as_loaded(parameter.detach()) for name, parameter in parameters(model).items()}
+
+
+def _as_loaded(tensor: torch.Tensor) -> torch.Tensor:
+    """Keep a tensor as it is now. vLLM replaces large ones, if anything; small ones (scales) it changes in place."""
+    return tensor.clone() if tensor.nbytes < LARGE_BYTES else tensor
 
 
 def save_in_background(tensors: dict[str, torch.Tensor], launch: Launch, saved: Callable[[], None]) -> None:

@@ -155,7 +155,8 @@ def _prepare_cpu(platform: Any) -> None:
     # Repacked weights would be each engine's own copy; without, engines use the pool's bytes as they lie there, and
     # start without the time that repacking takes. All starts are alike: an answer must not depend on the start's
     # layout. See docs/decisions/0008-onednn-and-zero-copy.md.
-    importlib.import_module("vllm._custom_ops")._supports_onednn = False
+    kernels: Any = importlib.import_module("vllm._custom_ops")
+    kernels._supports_onednn = False
     # Rebinds kernels in every loaded module; once is enough for all forks.
     platform.register_triton_kernel_overrides()
     type(platform).register_triton_kernel_overrides = classmethod(lambda cls: None)

@@ -1,7 +1,8 @@
 """Launch values survive their JSON."""
 
+from sllm.core.grant import POOL_CHUNK_BYTES, Extent, Grant
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId
-from sllm.core.launch import Launch, LaunchRecord, TensorEntry
+from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec
 
 SPEC = ReplicaSpec(
@@ -22,7 +23,18 @@ def test_a_launch_survives_its_json() -> None:
     launch = Launch(
         spec=SPEC,
         nonce="n",
-        tensors=(TensorEntry(name="w", offset=64, size_bytes=8, dtype="float32", shape=(2,)),),
+        grant=Grant(
+            digest="sha256:1",
+            partition=0,
+            generation=3,
+            size_bytes=10,
+            chunk_bytes=4096,
+            extents=(Extent(POOL_CHUNK_BYTES, POOL_CHUNK_BYTES), Extent(0, POOL_CHUNK_BYTES)),
+            slots=1,
+            ready_chunks=0,
+        ),
+        weights_dir="/w",
+        save_runtime="/r",
         execution_dir="/x",
         record_path="/y",
         scratch_dir="/z",
