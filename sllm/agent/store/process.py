@@ -33,7 +33,6 @@ from sllm.loader.memory.table import Entry
 log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.1, 30.0)  # first and longest wait before it is spawned again
-_WELCOME_S = 20.0  # for a process to start; one that takes longer is ended
 _FIND_S = 2.0
 _CLOSE_S = 5.0
 _SOCKET = "store.sock"
@@ -43,7 +42,8 @@ _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """`size_bytes` is the pool's; with `any_size` one that is found may have another. `environment` is added to it."""
+    """`size_bytes` is the pool's; with `any_size` one that is found may have another. A process that takes longer than
+    `welcome_s` to answer is ended. `environment` is added to it."""
 
     size_bytes: int
     any_size: bool
@@ -52,6 +52,7 @@ class StoreOptions:
     lock: bool
     threads: int
     grace_s: float
+    welcome_s: float = 20.0
     environment: dict[str, str] = field(default_factory=dict)
 
     def arguments(self) -> tuple[str, ...]:
@@ -145,7 +146,7 @@ class StoreProcess:
     async def _welcomed(self, client: StoreClient) -> protocol.Welcome | None:
         """Return None, and close the connection, if the process does not answer."""
         try:
-            async with asyncio.timeout(_WELCOME_S):
+            async with asyncio.timeout(self._options.welcome_s):
                 return await client.welcome()
         except (Died, TimeoutError):
             client.close()
