@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from sllm.agent.store import protocol
 from sllm.agent.store.channel import Channel, close_all
 from sllm.agent.store.checking import FolderCheck
+from sllm.agent.store.connections import Connections
 from sllm.agent.store.feed import Feed
 from sllm.agent.store.inherited import is_intact
 from sllm.agent.store.load import Asker, Load, OpenSource
@@ -43,8 +43,6 @@ log = logging.getLogger(__name__)
 
 _RING_SLOTS = 8  # chunks in flight of a partition that has no room: enough for all reading threads, twice over
 _PATIENCE_S = 2.0  # with a ring whose reader takes nothing: then the next load begins beside it
-_ACCEPT_AGAIN_S = 1.0  # after a connection could not be accepted
-_UCRED = struct.Struct("@iII")  # pid, uid, gid: SO_PEERCRED, unix(7)
 
 
 class Server:
@@ -67,8 +65,9 @@ class Server:
         self._grace_s = grace_s
         self._open_source = open_source
         self._loop = asyncio.get_running_loop()
-        self._clients: list[Channel] = []
-        self._greeted: list[Channel] = []
+        self._connections = Connections(
+            grace_s=grace_s, on_message=self._take, on_lost=self._lose, on_alone=self._give_up
+        )
         self._loads: dict[tuple[str, int], Load] = {}  # which may be joined: all but rings
         self._rings: list[Load] = []
         self._reads: set[asyncio.Task[None]] = set()
@@ -78,55 +77,25 @@ class Server:
         self._idle.set()
         self._checks: dict[FolderCheck, asyncio.Task[None]] = {}
         self._until_verified: dict[int, list[Asker]] = {}  # by generation
-        self._listener: socket.socket | None = None
-        self._alone: asyncio.TimerHandle | None = None
-        self._feel_alone()
 
     # --- connections ------------------------------------------------------------------------
 
     def listen(self, listener: socket.socket) -> None:
-        listener.setblocking(False)
-        self._listener = listener
-        self._loop.add_reader(listener, self._accept)
+        self._connections.listen(listener)
 
     def accept(self, sock: socket.socket) -> None:
         """Serve a connected socket, unless another user is at its other end."""
-        uid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
-        if uid != os.geteuid():
-            log.warning("a connection of user %d is refused", uid)
-            sock.close()
-            return
-        client = Channel(sock, lambda message, fds: self._take(client, message, fds), lambda: self._lose(client))
-        self._clients.append(client)
-        if self._alone is not None:
-            self._alone.cancel()
-            self._alone = None
+        self._connections.accept(sock)
 
     def close(self) -> None:
         """Call everything off. Leases stay with who has them."""
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener)
-        if self._alone is not None:
-            self._alone.cancel()
         for load in (*self._loads.values(), *self._rings):
             load.call_off()
             for feed in load.feeds:
                 feed.close()
         for check in self._checks:
             check.call_off()
-        for client in self._clients:
-            client.close()
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:  # it is gone again, or there are no descriptors left
-            log.warning("a connection cannot be accepted: %s", error.strerror)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(_ACCEPT_AGAIN_S, self.listen, self._listener)
-            return
-        self.accept(sock)
+        self._connections.close()
 
     def _take(self, client: Channel, message: Message, fds: list[int]) -> None:
         close_all(fds)  # no message of an agent has any
@@ -148,9 +117,6 @@ class Server:
                 client.end()
 
     def _lose(self, client: Channel) -> None:
-        self._clients.remove(client)
-        if client in self._greeted:
-            self._greeted.remove(client)
         for load in (*self._loads.values(), *self._rings):
             self._leave(load, [asker for asker in load.askers if asker.channel is client])
         for askers in self._until_verified.values():
@@ -158,28 +124,20 @@ class Server:
         for check in self._checks:
             if check.channel is client:
                 check.call_off()
-        self._feel_alone()
-
-    def _feel_alone(self) -> None:
-        if not self._clients and not self.quit.is_set():
-            self._alone = self._loop.call_later(self._grace_s, self._give_up)
 
     def _give_up(self) -> None:
         log.warning("no agent for %g s: the pool is given up", self._grace_s)
         self.quit.set()
 
     def _greet(self, client: Channel) -> None:
-        for entry in self._table.entries:
-            client.send(protocol.Holds(entry=entry.as_json()))
+        entries = [protocol.Holds(entry=entry.as_json()) for entry in self._table.entries]
         welcome = protocol.Welcome(
             release=protocol.RELEASE, size_bytes=self._pool.size_bytes, huge=self._pool.huge, pid=os.getpid()
         )
-        client.send(welcome, (os.dup(self._pool.fd),))
-        self._greeted.append(client)
+        self._connections.greet(client, entries, welcome, os.dup(self._pool.fd))
 
     def _tell(self, message: Message) -> None:
-        for client in self._greeted:
-            client.send(message)  # calls nobody back
+        self._connections.tell(message)
 
     # --- what an agent asks -----------------------------------------------------------------
 
@@ -260,13 +218,11 @@ class Server:
 
     def _grant(self, asker: Asker, entry: Entry, load: Load | None) -> None:
         """Answer an asker whose chunks are there (`load` None), or will be."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         failpoint("before-grant")
         try:
             lease = self._pool.lease(entry.extents)
-        except OSError as error:
-            ours.close()
-            theirs.close()
+            ours, theirs = _feed_pair(lease)
+        except OSError as error:  # out of descriptors or locks
             asker.refuse(Unavailable(f"the pool cannot be leased: {error.strerror}"))
             return
         ready = entry.chunks if load is None else load.ready_chunks
@@ -439,6 +395,15 @@ class Server:
         """Those first that somebody waits for."""
         waiting = [entry for entry in self._table.entries if entry.state is EntryState.VERIFYING]
         return min(waiting, key=lambda entry: not self._until_verified.get(entry.generation), default=None)
+
+
+def _feed_pair(lease: int) -> tuple[socket.socket, socket.socket]:
+    """Make the two ends of a feed; without one the lease is closed too. Raises OSError."""
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:
+        os.close(lease)
+        raise
 
 
 def _manifest_of(request: Open) -> Manifest:
