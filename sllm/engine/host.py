@@ -231,7 +231,7 @@ class Host:
     def built(self) -> None:
         if self.status.state is ReplicaState.STARTING:
             self.arrived(1.0)  # it may not have asked for all of them
-            self._enter(StartPhase.READY, state=ReplicaState.READY, progress=1.0)
+            self._enter(StartPhase.READY, state=ReplicaState.READY, progress=1.0, memory_bytes=self._memory_bytes())
 
     def _enter(self, phase: StartPhase, **changes: Any) -> None:
         now = time.monotonic()

@@ -80,6 +80,8 @@ async def test_a_real_engine_starts_from_memory_dies_and_starts_again(
     spec = make_spec(digest, devices=CPU)
     await agent.start_replica(spec)
     status = await agent.replica_in("ready", within_s=60.0)
+    # Its parameters are saved, and read into memory for the next start.
+    await agent.controller.until(lambda r: len(r.loads) == 2, within_s=60.0)
     os.kill(status.pid, signal.SIGKILL)
     assert "signal 9" in (await agent.replica_in("failed")).error
     await agent.stop_replica(spec)
@@ -88,6 +90,7 @@ async def test_a_real_engine_starts_from_memory_dies_and_starts_again(
     await agent.start_replica(make_spec(digest, id=ReplicaId("rep-2"), generation=2, devices=CPU))
     status = await agent.replica_in("ready", within_s=60.0)
     assert "loading" not in status.phases_s
+    assert "memfd:" in Path(f"/proc/{status.pid}/maps").read_text()  # it uses the saved ones where they lie
     unknown = AddCheckpointCommand(
         epoch=1,
         operation=OperationId("op-2"),
