@@ -18,8 +18,9 @@ import loader_fio as fio
 from common import console
 from loader_checkpoints import WRITERS, count_of, size_of, write_sllm
 from loader_device import Device, huge_pages, plain_folder, ram_device
-from loader_measure import MeasurementFailed, Sample, digest, drop_cache, in_fork, prewarm, timed
+from loader_measure import MeasurementFailed, Sample, digest, drop_cache, in_fork, memory_limits, prewarm, timed
 from loader_peers import (
+    BARE,
     FAST,
     FRESH,
     LOAD_FILE,
@@ -41,7 +42,7 @@ from loader_report import Goal, Result, Samples, best_of, cpu_s_per_gb, ratio
 FIO_TUNED = "fio, the best setting"
 WARM_UP = "warm-up"  # the folder of a small checkpoint that is loaded before the clock: first calls are not speed
 WARM_UP_KIND = "tiny"
-OUR_NAMES = {loader.name for loader in (*OURS, TAILED)}
+OUR_NAMES = {loader.name for loader in (BARE, *OURS, TAILED)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,7 @@ def _cpu_goal(samples: Samples, size_bytes: int, loader: Loader, target: float) 
 def fast_goals(samples: Samples, size_bytes: int) -> list[Goal]:
     pool, fresh = _Against(samples, POOL), _Against(samples, FRESH)
     return [
+        *pool.peers({BARE: 0.97}),
         *pool.fio_best(0.97),
         *pool.fio_plain(1.15),
         *pool.runai(1.8),
@@ -109,7 +111,7 @@ def fast_goals(samples: Samples, size_bytes: int) -> list[Goal]:
 
 
 def slow_goals(samples: Samples, size_bytes: int) -> list[Goal]:
-    return _Against(samples, POOL).fio_best(0.99)
+    return [*_Against(samples, POOL).peers({BARE: 0.99}), *_Against(samples, POOL).fio_best(0.99)]
 
 
 def lora_goals(samples: Samples, size_bytes: int) -> list[Goal]:
@@ -131,7 +133,7 @@ CASES = (
         title="1.2 GB, 254 tensors, cold, disk of about 7 GB/s",
         kind="1b",
         quick_kind="tiny",
-        loaders=(*OURS, *PEERS),
+        loaders=(BARE, *OURS, *PEERS),
         goals=fast_goals,
     ),
     Case(
@@ -139,7 +141,7 @@ CASES = (
         title="1.2 GB, 254 tensors, cold, disk of 2 GB/s",
         kind="1b",
         quick_kind="tiny",
-        loaders=(POOL, FRESH, LOAD_FILE, RUNAI, RUNAI_DIRECT, TORCH),
+        loaders=(BARE, POOL, FRESH, LOAD_FILE, RUNAI, RUNAI_DIRECT, TORCH),
         goals=slow_goals,
         limit_bps=2_000_000_000,
     ),
@@ -187,7 +189,13 @@ def run(case: Case, rounds: int, *, quick: bool) -> Result:
         samples=samples,
         goals=case.goals(samples, size_of(kind)),
         left_out=left_out,
-        facts={"tensors": count_of(kind), "disk": device.name, "quick": quick, "versions": _versions(loaders)},
+        facts={
+            "tensors": count_of(kind),
+            "disk": device.name,
+            "memory": memory_limits(),
+            "quick": quick,
+            "versions": _versions(loaders),
+        },
     )
 
 

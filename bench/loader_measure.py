@@ -162,6 +162,23 @@ def prewarm(size_bytes: int) -> None:
         np.frombuffer(area, np.uint8)[::PAGE_BYTES] = 1
 
 
+def memory_limits(size_bytes: int = 256 << 20, rounds: int = 5) -> dict[str, float]:
+    """Return what one core does with memory that is in no cache, in GB/s: copying it, and hashing it with xxh3-64.
+
+    Loading is bound by these two as much as by the disk, and machines differ by 3x.
+    """
+    source, target = (np.ones(size_bytes, np.uint8) for _ in range(2))
+    copied = max(_gb_per_s(size_bytes, lambda: np.copyto(target, source)) for _ in range(rounds))
+    hashed = max(_gb_per_s(size_bytes, lambda: xxhash.xxh3_64_digest(source)) for _ in range(rounds))
+    return {"copy_gb_per_s": round(copied, 1), "xxh3_gb_per_s": round(hashed, 1)}
+
+
+def _gb_per_s(size_bytes: int, work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return size_bytes / 1e9 / (time.perf_counter() - started)
+
+
 def drop_cache(folder: Path) -> None:
     """Drop the page cache of every file below a folder."""
     for path in folder.rglob("*"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from loader_checkpoints import Tensors
 
 Load = Callable[[], Tensors]
 POOL_CHUNK_BYTES = 8 << 20
+BARE_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,45 @@ def fresh(folder: Path) -> Load:
     return lambda: sllm.loader.load(folder)
 
 
+def bare(folder: Path) -> Load:
+    """The limit of any loader that returns tensors in memory of their own: plain reads of all bytes, each to its place.
+
+    fio reads into the same few buffers again and again, which stay in the CPU's cache; where memory is slow that is
+    faster than any reading that keeps what it read.
+    """
+    import sllm.loader
+    from sllm.loader.folder import read_manifest
+    from sllm.loader.views import bytes_of, tensors_on
+
+    pool = sllm.loader.Pool(pool_bytes(folder))
+    (file,) = partitions(folder)
+
+    def load() -> Tensors:
+        memory = pool.allocate(file.stat().st_size)
+        _read_bare(file, memoryview(memory.buffer).cast("B"))
+        tensors: Tensors = tensors_on(bytes_of(memory.buffer), read_manifest(folder).tensors)
+        return tensors
+
+    return load
+
+
+def _read_bare(file: Path, memory: memoryview) -> None:
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    offsets = iter(range(0, len(memory), POOL_CHUNK_BYTES))  # its `next` is atomic
+
+    def work() -> None:
+        for offset in offsets:
+            count = os.preadv(descriptor, [memory[offset : offset + POOL_CHUNK_BYTES]], offset)
+            assert count == min(POOL_CHUNK_BYTES, len(memory) - offset), "a disk in memory reads whole chunks"
+
+    threads = [threading.Thread(target=work) for _ in range(BARE_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(descriptor)
+
+
 class Tailed:
     """A load into a pool that notes how long after its last byte it was done, in `tail_s`."""
 
@@ -166,6 +207,7 @@ RUNAI_DIRECT = Loader(
 )
 FAST = Loader(name="fastsafetensors", package="fastsafetensors", format="safetensors", prepare=fastsafetensors)
 TENSORIZER = Loader(name="tensorizer", package="tensorizer", format="tensorizer", prepare=tensorizer)
+BARE = Loader(name="bare reads into a pool", package="sllm", format="sllm", prepare=bare, ours=True)
 POOL = Loader(name="sllm, pool", package="sllm", format="sllm", prepare=pooled(verify=True), ours=True)
 UNVERIFIED = Loader(
     name="sllm, pool, no checksums", package="sllm", format="sllm", prepare=pooled(verify=False), ours=True

@@ -172,7 +172,9 @@ def _report(figures: dict[Case, list[dict[str, float]]]) -> None:
     columns = ("dtype", "side", "process ms", "private MiB", "decode x1 tok/s", "decode x16 tok/s", "prefill tok/s")
     table("oneDNN repacking, on and off", columns, rows)
     save("onednn", PREDICTIONS, {"figures": results})
-    console.print("one thread, per CPU second; decode: 32 new tokens for each stream; prefill: one prompt of 512 tokens")
+    console.print(
+        "one thread, per CPU second; decode: 32 new tokens for each stream; prefill: one prompt of 512 tokens"
+    )
 
 
 if __name__ == "__main__":
