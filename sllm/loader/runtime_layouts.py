@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm.errors import SllmError, StaleLayout
+from sllm.failpoints import failpoint
 from sllm.loader.folder import check_sizes, read_manifest
 from sllm.loader.format import Manifest
 from sllm.loader.work_folder import remove_leftovers, remove_tree, temporary_name
@@ -49,7 +50,8 @@ class RuntimeLayouts:
         self._layouts: dict[Path, RuntimeLayout] = {}
         if root.is_dir():
             remove_leftovers(root)
-            self._layouts = {layout.folder: layout for folder in sorted(root.iterdir()) if (layout := _read(folder))}
+            found = (self._read(folder) for folder in sorted(root.iterdir()))
+            self._layouts = {layout.folder: layout for layout in found if layout}
 
     def all(self) -> tuple[RuntimeLayout, ...]:
         """Return them, the longest unused first."""
@@ -85,6 +87,7 @@ class RuntimeLayouts:
 
     def adopt(self, key: Mapping[str, str]) -> RuntimeLayout:
         """Take in what was written to `work(key)`. Raises StaleLayout, InvalidCheckpoint: it is removed then."""
+        failpoint("adopt-runtime")
         folder = self.folder(key)
         try:
             manifest = read_manifest(folder)
@@ -121,18 +124,17 @@ class RuntimeLayouts:
             self._layouts = {**self._layouts, used.folder: used}
         return used
 
-
-def _read(folder: Path) -> RuntimeLayout | None:
-    """Return what a folder holds; what cannot be used is deleted, because it is made anew."""
-    try:
-        manifest = read_manifest(folder)
-        check_sizes(folder, manifest)
-        if manifest.layout == "runtime":
-            return RuntimeLayout(folder=folder, manifest=manifest, last_used=os.stat(folder).st_mtime)
-    except (SllmError, OSError) as error:
-        log.warning("runtime layout %s is removed: %s", folder.name, error)
-    _delete(folder)
-    return None
+    def _read(self, folder: Path) -> RuntimeLayout | None:
+        """Return what a folder holds; what cannot be used is deleted, because it is made anew."""
+        try:
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+            if manifest.layout == "runtime" and self.folder(manifest.key) == folder:
+                return RuntimeLayout(folder=folder, manifest=manifest, last_used=os.stat(folder).st_mtime)
+        except (SllmError, OSError) as error:
+            log.warning("runtime layout %s is removed: %s", folder.name, error)
+        _delete(folder)
+        return None
 
 
 def _outgrown(key: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
