@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sllm.loader.conversion import convert as convert
     from sllm.loader.loader import load as load
-    from sllm.loader.memory.arena import Pool as Pool
+    from sllm.loader.memory.pool import Pool as Pool
     from sllm.loader.saving import save as save
     from sllm.loader.verifying import verify as verify
 
 _MODULES = {
     "convert": "sllm.loader.conversion",
     "load": "sllm.loader.loader",
-    "Pool": "sllm.loader.memory.arena",
+    "Pool": "sllm.loader.memory.pool",
     "save": "sllm.loader.saving",
     "verify": "sllm.loader.verifying",
 }

@@ -12,12 +12,12 @@ import torch
 
 from sllm.errors import InvalidArgument
 from sllm.loader import collector
+from sllm.loader.arrangement import Arrangement, arrange, ring_slots
 from sllm.loader.folder import read_manifest
 from sllm.loader.format import Manifest
-from sllm.loader.memory import arena, cuda, space
-from sllm.loader.memory.arena import Allocation, Pool
+from sllm.loader.memory import cuda
+from sllm.loader.memory.pool import Allocation, Pool, fresh, new_memory
 from sllm.loader.pipeline import Control, Pipeline
-from sllm.loader.plan import Plan, plan, ring_slots
 from sllm.loader.storage.direct import DirectFile
 from sllm.loader.views import bytes_of, tensors_on
 
@@ -55,11 +55,11 @@ def load(
 
 def _load(folder: Path, target: torch.device, pool: Pool | None, control: Control) -> dict[str, torch.Tensor]:
     manifest = read_manifest(folder)
-    loading = plan(manifest)
-    with _opened(folder, loading) as files:
+    arrangement = arrange(manifest)
+    with _opened(folder, arrangement) as files:
         if target.type == "cpu":
-            return _load_here(manifest, loading, files, pool, control)
-        return _load_onto(target, manifest, loading, files, pool, control)
+            return _load_here(manifest, arrangement, files, pool, control)
+        return _load_onto(target, manifest, arrangement, files, pool, control)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -75,22 +75,22 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, loading: Plan) -> Iterator[list[DirectFile]]:
+def _opened(folder: Path, arrangement: Arrangement) -> Iterator[list[DirectFile]]:
     """Open all partitions before anything is allocated: what is missing or too short is known at once."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(DirectFile(folder / part.partition.file, part.partition.size_bytes))
-            for part in loading.parts
+            for part in arrangement.parts
         ]
 
 
 def _load_here(
-    manifest: Manifest, loading: Plan, files: list[DirectFile], pool: Pool | None, control: Control
+    manifest: Manifest, arrangement: Arrangement, files: list[DirectFile], pool: Pool | None, control: Control
 ) -> dict[str, torch.Tensor]:
-    memory = arena.fresh(loading.size_bytes) if pool is None else pool.allocate(loading.size_bytes)
+    memory = fresh(arrangement.size_bytes) if pool is None else pool.allocate(arrangement.size_bytes)
     try:
-        pipeline = Pipeline(loading, files, _view(memory), control)
-        return _addressed(pipeline, bytes_of(memory.buffer), manifest, loading)
+        pipeline = Pipeline(arrangement, files, _view(memory), control)
+        return _addressed(pipeline, bytes_of(memory.buffer), manifest, arrangement)
     except BaseException:
         memory.release()
         raise
@@ -99,46 +99,50 @@ def _load_here(
 def _load_onto(
     device: torch.device,
     manifest: Manifest,
-    loading: Plan,
+    arrangement: Arrangement,
     files: list[DirectFile],
     pool: Pool | None,
     control: Control,
 ) -> dict[str, torch.Tensor]:
     """Load through a ring of registered memory, which goes back when the last copy has ended."""
-    slots = ring_slots(loading, pool.largest_bytes if pool else loading.size_bytes)
-    target = cuda.arena(loading.size_bytes, device)
-    ring = _ring(slots * loading.chunk_bytes, pool)
+    slots = ring_slots(arrangement, pool.largest_bytes if pool else arrangement.size_bytes)
+    target = cuda.arena(arrangement.size_bytes, device)
     try:
-        pipeline = Pipeline(loading, files, _view(ring), control, copier=cuda.CudaCopier(target, device), slots=slots)
-        return _addressed(pipeline, target, manifest, loading)
+        with _ring(slots * arrangement.chunk_bytes, pool) as ring:
+            copier = cuda.CudaCopier(target, device)
+            pipeline = Pipeline(arrangement, files, _view(ring), control, copier=copier, slots=slots)
+            return _addressed(pipeline, target, manifest, arrangement)
     except BaseException:
         target.untyped_storage().resize_(0)  # now, not when the error and its traceback are gone
         raise
-    finally:
-        ring.release()
 
 
-def _addressed(pipeline: Pipeline, memory: torch.Tensor, manifest: Manifest, loading: Plan) -> dict[str, torch.Tensor]:
+def _addressed(
+    pipeline: Pipeline, memory: torch.Tensor, manifest: Manifest, arrangement: Arrangement
+) -> dict[str, torch.Tensor]:
     """Run a load, and address the tensors while their bytes arrive."""
     try:
         pipeline.start()
-        tensors = tensors_on(memory, manifest.tensors, loading.starts)
+        tensors = tensors_on(memory, manifest.tensors, arrangement.starts)
     except BaseException:
         pipeline.stop()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # whatever ended the load: the first error is the one to raise
             pipeline.wait()
         raise
     pipeline.wait()
     return tensors
 
 
-def _ring(size_bytes: int, pool: Pool | None) -> Allocation:
-    if pool is not None:
-        cuda.register(pool.memory)
-        return pool.allocate(size_bytes)
-    memory = space.anonymous(size_bytes)
+@contextlib.contextmanager
+def _ring(size_bytes: int, pool: Pool | None) -> Iterator[Allocation]:
+    """Memory that CUDA knows. Raises CapacityExceeded, Conflict if the pool is closed."""
+    memory = new_memory(size_bytes) if pool is None else pool.memory
     cuda.register(memory)
-    return Allocation(buffer=memory.buffer, release=lambda: None)
+    ring = Allocation(buffer=memory.buffer, release=lambda: None) if pool is None else pool.allocate(size_bytes)
+    try:
+        yield ring
+    finally:
+        ring.release()
 
 
 def _view(memory: Allocation) -> memoryview:

@@ -1,7 +1,7 @@
 """SSD -> memory -> device: the tiers work at once, a bounded number of chunks in each.
 
-Threads read and verify chunks (storage/direct.py). For a device one more thread copies chunk i out while chunk i + 1 is
-being read: through a ring, so that staging memory is small, and a checkpoint larger than it streams through.
+Threads read and verify chunks (reading.py). For a device one more thread copies chunk i out while chunk i + 1 is being
+read: through a ring, so that staging memory is small, and a checkpoint larger than it streams through.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from sllm.errors import Cancelled, SllmError
+from sllm.loader.arrangement import Arrangement, Part
 from sllm.loader.memory.base import DeviceCopier
-from sllm.loader.plan import Part, Plan
-from sllm.loader.storage.base import Source
-from sllm.loader.storage.direct import THREADS, ChunkReader
+from sllm.loader.reading import ChunkReader
+from sllm.loader.storage.base import PartitionBytes
 
 COPIES_UNDER_WAY = 4  # per device: one is copied, the next ones wait in its stream
 
@@ -27,29 +27,28 @@ class Control:
     the load's threads, one call at a time; `cancelled` is asked at each chunk; `deadline` is of time.monotonic()."""
 
     verify: bool = True
-    threads: int = THREADS
     progress: Callable[[int, int], None] | None = None
     cancelled: Callable[[], bool] = lambda: False
     deadline: float | None = None
 
 
 class Pipeline:
-    """Loads all parts of a plan, one after the other, in threads of its own.
+    """Loads all parts of an arrangement, one after the other, in threads of its own.
 
-    `memory` is where the plan's bytes go; with a `copier` it is the ring that they go through, of `slots` chunks.
+    `memory` is where the bytes go; with a `copier` it is the ring that they go through, of `slots` chunks.
     """
 
     def __init__(
         self,
-        loading: Plan,
-        sources: Sequence[Source],
+        arrangement: Arrangement,
+        sources: Sequence[PartitionBytes],
         memory: memoryview,
         control: Control,
         *,
         copier: DeviceCopier | None = None,
         slots: int = 0,
     ) -> None:
-        self._plan = loading
+        self._arrangement = arrangement
         self._sources = sources
         self._memory = memory
         self._control = control
@@ -103,7 +102,7 @@ class Pipeline:
         if not self._begin():
             return
         try:
-            for part, source in zip(self._plan.parts, self._sources, strict=True):
+            for part, source in zip(self._arrangement.parts, self._sources, strict=True):
                 self._load(part, source)
         except BaseException as error:
             self._error = error
@@ -112,7 +111,7 @@ class Pipeline:
                 self._copier.close()
             self._ended.set()
 
-    def _load(self, part: Part, source: Source) -> None:
+    def _load(self, part: Part, source: PartitionBytes) -> None:
         if self._copier is None:
             self._reader(part, source, slots=None, on_ready=partial(self._report, part)).read()
             return
@@ -127,21 +126,22 @@ class Pipeline:
             raise
         reader.wait()
 
-    def _reader(self, part: Part, source: Source, *, slots: int | None, on_ready: Callable[[int], None]) -> ChunkReader:
+    def _reader(
+        self, part: Part, source: PartitionBytes, *, slots: int | None, on_ready: Callable[[int], None]
+    ) -> ChunkReader:
         return ChunkReader(
             source,
-            chunk_bytes=self._plan.chunk_bytes,
+            chunk_bytes=self._arrangement.chunk_bytes,
             hashes=part.partition.chunks if self._control.verify else None,
             place=partial(self._place, part),
             slots=slots,
-            threads=self._control.threads,
             on_ready=on_ready,
             cancelled=lambda: self._stopped.is_set() or self._control.cancelled(),
             deadline=self._control.deadline,
         )
 
     def _place(self, part: Part, chunk: int) -> memoryview:
-        chunk_bytes = self._plan.chunk_bytes
+        chunk_bytes = self._arrangement.chunk_bytes
         begin = part.start + chunk * chunk_bytes if self._copier is None else chunk % self._slots * chunk_bytes
         return self._memory[begin : begin + chunk_bytes]
 
@@ -162,11 +162,11 @@ class Pipeline:
                 self._report(part, ended)
 
     def _begin_copy(self, part: Part, chunk: int, copier: DeviceCopier) -> None:
-        offset = chunk * self._plan.chunk_bytes
-        length = min(self._plan.chunk_bytes, part.partition.size_bytes - offset)
+        offset = chunk * self._arrangement.chunk_bytes
+        length = min(self._arrangement.chunk_bytes, part.partition.size_bytes - offset)
         copier.begin(self._place(part, chunk)[:length], part.start + offset)
 
     def _report(self, part: Part, chunks: int) -> None:
         if self._control.progress is not None:
-            done = part.start + min(chunks * self._plan.chunk_bytes, part.partition.size_bytes)
-            self._control.progress(done, self._plan.size_bytes)
+            done = part.start + min(chunks * self._arrangement.chunk_bytes, part.partition.size_bytes)
+            self._control.progress(done, self._arrangement.size_bytes)

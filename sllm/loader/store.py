@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.ids import CheckpointName, checkpoint_name
@@ -23,12 +24,11 @@ from sllm.errors import (
     Conflict,
     ExecutionFileDamaged,
     InvalidCheckpoint,
-    ManifestCorrupt,
     NotFound,
     SllmError,
 )
 from sllm.loader.conversion import convert_examined, converted_bytes
-from sllm.loader.folder import check_sizes, open_file, read_manifest
+from sllm.loader.folder import cannot_read, check_sizes, open_regular, read_manifest
 from sllm.loader.format import Manifest, StoredFile
 from sllm.loader.runtime_layouts import CHECKPOINT, RuntimeLayout, RuntimeLayouts
 from sllm.loader.source import Source
@@ -155,13 +155,6 @@ class SsdStore:
             except OSError as error:  # the disk that damaged it may be failing altogether
                 log.warning("checkpoint %s: its quarantine will not survive a restart: %s", name, error.strerror)
 
-    def check(self, entry: StoredCheckpoint) -> None:
-        """Raise InvalidCheckpoint if the stored files are visibly not what was added. Their bytes are not read."""
-        folder = self.folder(entry)
-        if read_manifest(folder).digest != entry.checkpoint.digest:
-            raise ManifestCorrupt(f"the manifest in {folder} is not the one that was added")
-        check_sizes(folder, entry.manifest)
-
     def withdraw(self, name: CheckpointName) -> StoredCheckpoint:
         """Take a checkpoint out, at once; its files stay until `discard`. Raises NotFound."""
         entry = self.named(name)
@@ -184,14 +177,14 @@ class SsdStore:
     def execution_files(self, digest: str, *, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
         """Yield (path, content) of each execution file, large ones in pieces.
 
-        Raises NotFound; ExecutionFileDamaged, after the last piece of a file that is not what was added: its copy is
-        in quarantine then.
+        Raises NotFound; ExecutionFileDamaged, after the last piece of a file that is not what was added, and
+        CheckpointUnreadable: the copy is in quarantine then.
         """
         entry = self.with_digest(digest)
         for file in entry.manifest.execution_files:
             try:
                 yield from _checked_pieces(self.folder(entry), file, piece_bytes)
-            except ExecutionFileDamaged:
+            except InvalidCheckpoint:
                 self.quarantine(entry)
                 raise
 
@@ -211,7 +204,10 @@ class SsdStore:
         try:
             self._make_room(size_bytes, None)
             return self._runtimes.work(key)
-        except (CapacityExceeded, OSError):
+        except CapacityExceeded:
+            return None
+        except OSError as error:
+            log.warning("a runtime layout cannot be saved in %s: %s", self.root / _RUNTIME, error.strerror)
             return None
 
     def adopt_runtime(self, key: Mapping[str, str]) -> RuntimeLayout:
@@ -309,13 +305,20 @@ def _check_same(there: StoredCheckpoint, manifest: Manifest) -> None:
 
 def _checked_pieces(folder: Path, file: StoredFile, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
     digest = hashlib.sha256()
-    with os.fdopen(open_file(folder / file.path, ExecutionFileDamaged), "rb") as opened:
-        piece = opened.read(piece_bytes)
+    with os.fdopen(open_regular(folder / file.path, ExecutionFileDamaged), "rb") as opened:
+        piece = _read(opened, piece_bytes)
         while True:
             digest.update(piece)
             yield file.path, piece  # an empty file too
-            piece = opened.read(piece_bytes)
+            piece = _read(opened, piece_bytes)
             if not piece:
                 break
     if digest.hexdigest() != file.sha256:
         raise ExecutionFileDamaged(f"{folder / file.path} is not what was added: its sha256 differs")
+
+
+def _read(file: BinaryIO, size_bytes: int) -> bytes:
+    try:
+        return file.read(size_bytes)
+    except OSError as error:
+        raise cannot_read(file.name, error, ExecutionFileDamaged) from error

@@ -10,10 +10,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm.errors import CheckpointUnreadable, ChunkCorrupt, ExecutionFileDamaged, SllmError
-from sllm.loader.folder import check_sizes, open_file, read_manifest
+from sllm.errors import ChunkCorrupt, ExecutionFileDamaged, SllmError
+from sllm.loader.folder import cannot_read, check_sizes, open_regular, read_manifest
 from sllm.loader.format import Manifest, Partition, StoredFile
-from sllm.loader.storage.direct import ChunkReader, DirectFile
+from sllm.loader.reading import ChunkReader
+from sllm.loader.storage.direct import DirectFile
 from sllm.loader.writing import Meter, Progress
 
 _SLOTS = 8  # chunks in memory: two for each reading thread
@@ -99,11 +100,11 @@ def _verified_chunks(file: DirectFile, partition: Partition, chunk_bytes: int) -
 
 
 def _verify_file(folder: Path, file: StoredFile, meter: Meter) -> None:
-    with os.fdopen(open_file(folder / file.path, ExecutionFileDamaged), "rb") as opened:
+    with os.fdopen(open_regular(folder / file.path, ExecutionFileDamaged), "rb") as opened:
         try:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointUnreadable(f"cannot read {folder / file.path}: {error.strerror}") from error
+            raise cannot_read(folder / file.path, error, ExecutionFileDamaged) from error
     if digest != file.sha256:
         raise ExecutionFileDamaged(f"{folder / file.path} is not what was written: its sha256 differs")
     meter.add(file.size_bytes)

@@ -1,9 +1,9 @@
 """A folder that is written beside its destination and takes its place in one step. Blocking.
 
 A crash at any point leaves the destination as it was, or as it was meant to be. What it leaves beside it is a folder
-`.tmp-<12 hexadecimal digits>` that nobody holds a flock on: the next writer there, or the store at its start, removes
-it. A destination that exists is exchanged for the new folder and then deleted; readers that have its files open keep
-them.
+`.sllm-tmp-<12 hexadecimal digits>` that nobody holds a flock on: the next writer there, or the store at its start,
+removes it. A destination that exists is exchanged for the new folder and then deleted; readers that have its files open
+keep them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sllm.failpoints import failpoint
 from sllm.loader.folder import read_manifest
 from sllm.loader.format import MANIFEST
 
-_TMP = re.compile(r"\.tmp-[0-9a-f]{12}")
+# What has this name is deleted, so it is one that nobody else gives: the parent may be somebody's home folder.
+_TMP = re.compile(r"\.sllm-tmp-[0-9a-f]{12}")
 _OURS = re.compile(r"manifest\.json|partition-[0-9]{3}\.bin")
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -104,7 +105,7 @@ def remove_tree(path: Path) -> None:
 
 def temporary_name(parent: Path) -> Path:
     """Return a name in `parent` for what is to be deleted: after a crash it is a leftover."""
-    return parent / f".tmp-{secrets.token_hex(6)}"
+    return parent / f".sllm-tmp-{secrets.token_hex(6)}"
 
 
 def check_replaceable(destination: Path) -> None:

@@ -293,7 +293,7 @@ def test_the_library_needs_neither_grpc_nor_vllm_and_its_modules_need_no_torch(c
     program = f"""
 import sys
 import sllm.loader
-import sllm.loader.memory.space, sllm.loader.memory.arena, sllm.loader.storage.direct, sllm.loader.pipeline
+import sllm.loader.memory.space, sllm.loader.memory.pool, sllm.loader.storage.direct, sllm.loader.pipeline
 assert "torch" not in sys.modules, "without load, nothing needs torch"
 tensors = sllm.loader.load(sys.argv[1])
 assert tensors["model.scalar"] == 2.5

@@ -11,10 +11,10 @@ import pytest
 import xxhash
 
 from sllm.errors import Cancelled, CapacityExceeded, ChunkCorrupt, DeadlineExceeded, OperationFailed
+from sllm.loader.arrangement import RING_BYTES, Arrangement, arrange, ring_slots
 from sllm.loader.format import Manifest, Partition
 from sllm.loader.memory.fake import FakeCopier
 from sllm.loader.pipeline import COPIES_UNDER_WAY, Control, Pipeline
-from sllm.loader.plan import RING_BYTES, Plan, plan, ring_slots
 from sllm.loader.storage.fake import FakeSource
 
 CHUNK = 8192
@@ -22,7 +22,7 @@ DATA = (os.urandom(10 * CHUNK), os.urandom(3 * CHUNK + 4096), b"", os.urandom(40
 WHOLE = b"".join(DATA)
 
 
-def planned(*contents: bytes) -> Plan:
+def arranged(*contents: bytes) -> Arrangement:
     partitions = tuple(
         Partition(
             file=f"partition-{number:03d}.bin",
@@ -32,13 +32,13 @@ def planned(*contents: bytes) -> Plan:
         )
         for number, data in enumerate(contents)
     )
-    return plan(Manifest(partitions=partitions, tensors={}, chunk_bytes=CHUNK))
+    return arrange(Manifest(partitions=partitions, tensors={}, chunk_bytes=CHUNK))
 
 
 def run(sources: list[FakeSource], control: Control = Control(), **options: object) -> bytearray:  # noqa: B008 - frozen
     """Load DATA into ordinary memory; return it."""
     memory = bytearray(len(WHOLE))
-    pipeline = Pipeline(planned(*DATA), sources, memoryview(memory), control, **options)  # type: ignore[arg-type]
+    pipeline = Pipeline(arranged(*DATA), sources, memoryview(memory), control, **options)  # type: ignore[arg-type]
     pipeline.start()
     pipeline.wait()
     return memory
@@ -52,7 +52,7 @@ def run_onto_device(
     copier = FakeCopier(memoryview(device), before)
     ring = memoryview(bytearray(slots * CHUNK))
     options = Control(**control)  # type: ignore[arg-type]
-    pipeline = Pipeline(planned(*DATA), sources, ring, options, copier=copier, slots=slots)
+    pipeline = Pipeline(arranged(*DATA), sources, ring, options, copier=copier, slots=slots)
     pipeline.start()
     try:
         pipeline.wait()
@@ -167,7 +167,7 @@ def test_a_load_can_be_stopped_from_outside() -> None:
 
     found = sources()
     found[0] = FakeSource(DATA[0], gate=gate)
-    pipeline = Pipeline(planned(*DATA), found, memoryview(bytearray(len(WHOLE))), Control())
+    pipeline = Pipeline(arranged(*DATA), found, memoryview(bytearray(len(WHOLE))), Control())
     pipeline.start()
     assert reading.wait(30)
     pipeline.stop()
@@ -177,15 +177,17 @@ def test_a_load_can_be_stopped_from_outside() -> None:
 
 
 def test_a_ring_is_no_wider_than_the_longest_partition_the_room_and_the_limit() -> None:
-    loading = planned(*DATA)
-    assert ring_slots(loading, 100 * CHUNK) == 10
-    assert ring_slots(loading, 5 * CHUNK + 1) == 5
+    arrangement = arranged(*DATA)
+    assert ring_slots(arrangement, 100 * CHUNK) == 10
+    assert ring_slots(arrangement, 5 * CHUNK + 1) == 5
     huge = Partition(file="partition-000.bin", size_bytes=2 * RING_BYTES, sha256="", chunks=())
-    assert ring_slots(plan(Manifest(partitions=(huge,), tensors={}, chunk_bytes=CHUNK)), 1 << 40) * CHUNK == RING_BYTES
+    assert (
+        ring_slots(arrange(Manifest(partitions=(huge,), tensors={}, chunk_bytes=CHUNK)), 1 << 40) * CHUNK == RING_BYTES
+    )
 
 
 def test_a_ring_of_less_than_two_chunks_is_refused_unless_there_is_but_one() -> None:
     with pytest.raises(CapacityExceeded, match=f"{2 * CHUNK - 1} bytes free"):
-        ring_slots(planned(*DATA), 2 * CHUNK - 1)
-    assert ring_slots(planned(b"x" * 4096), CHUNK) == 1
-    assert ring_slots(planned(), 0) == 0
+        ring_slots(arranged(*DATA), 2 * CHUNK - 1)
+    assert ring_slots(arranged(b"x" * 4096), CHUNK) == 1
+    assert ring_slots(arranged(), 0) == 0

@@ -132,7 +132,7 @@ def test_refuses_what_is_beyond_its_limit_before_copying(tmp_path: Path, model: 
 
 def test_removes_what_a_crash_left(store: SsdStore, model: Path) -> None:
     entry = add(store, model)
-    left = store.root / ".tmp-0123456789ab"
+    left = store.root / ".sllm-tmp-0123456789ab"
     left.mkdir()
     (left / "part").write_text("x")
     assert SsdStore(store.root).entries() == (entry,)

@@ -182,7 +182,8 @@ def test_a_folder_that_may_not_be_written_is_said_so() -> None:
 
 
 def test_what_a_crash_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
-    dead, alive, alien = (tmp_path / name for name in (".tmp-0123456789ab", ".tmp-ba9876543210", ".tmp-other"))
+    dead, alive = tmp_path / ".sllm-tmp-0123456789ab", tmp_path / ".sllm-tmp-ba9876543210"
+    alien = tmp_path / ".tmp-0123456789ab"  # another program's: the parent may be somebody's home folder
     for folder in (dead, alive, alien):
         folder.mkdir()
         (folder / "part").write_text("x")

@@ -16,10 +16,10 @@ from sllm.errors import SllmError
 from sllm.failpoints import failpoint
 from sllm.loader.memory.shared import SharedPool
 from sllm.loader.memory.table import Entry
-from sllm.loader.storage.base import Source
-from sllm.loader.storage.direct import ChunkReader
+from sllm.loader.reading import ChunkReader
+from sllm.loader.storage.base import PartitionBytes
 
-OpenSource = Callable[[Path, int], Source]  # (path, size in bytes): may block; raises InvalidCheckpoint
+OpenSource = Callable[[Path, int], PartitionBytes]  # (path, size in bytes): may block; raises InvalidCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ class Load:
         if self._reader is not None:
             self._reader.cancel()
 
-    def read(self, pool: SharedPool, entry: Entry, source: Source, hashes: Sequence[str], threads: int) -> None:
+    def read(self, pool: SharedPool, entry: Entry, source: PartitionBytes, hashes: Sequence[str], threads: int) -> None:
         """Read all chunks into the entry's place, and close the source. Raises what ChunkReader does.
 
         Takes its time: give it a thread.

@@ -4,7 +4,7 @@ What would surprise a reader:
 - Only page-locked memory that CUDA knows is copied asynchronously and at full speed; mlock does not make it known.
   Registering costs about as much as a first touch of the memory, so a pool is registered once, and stays so.
 - Registering pins pages for writing: on a MAP_PRIVATE mapping of a shared pool the kernel first makes a private copy
-  of every page. Shared memory is registered through a MAP_SHARED mapping, with READ_ONLY if that is not writable.
+  of every page. So only memory of the library's own is registered here.
 - Memory must be unregistered before it is unmapped.
 - A block from torch's allocator may still be used by work queued on the current stream: the copying stream waits for
   that first.
@@ -25,7 +25,6 @@ from sllm.errors import CapacityExceeded, InvalidArgument, OperationFailed
 from sllm.loader.memory.space import Space
 
 PORTABLE = 0x01  # cudaHostRegisterPortable: for all devices of this process
-READ_ONLY = 0x08  # cudaHostRegisterReadOnly: for mappings that are not writable, where the driver can
 
 _registered: dict[int, int] = {}  # address -> bytes
 _guard = threading.RLock()  # a finalizer may run in the middle of `register`
@@ -39,7 +38,7 @@ def check_device(device: torch.device, cuda: Any = torch.cuda) -> None:
         raise InvalidArgument(f"there is no {device}: this machine has {cuda.device_count()}")
 
 
-def register(memory: Space, *, flags: int = PORTABLE, cuda: Any = torch.cuda) -> bool:
+def register(memory: Space, *, cuda: Any = torch.cuda) -> bool:
     """Make host memory known to CUDA, once, for as long as it lives. False (with a warning) if CUDA refuses.
 
     Copies from it work then too, but one after the other with the reads, and slower.
@@ -47,7 +46,7 @@ def register(memory: Space, *, flags: int = PORTABLE, cuda: Any = torch.cuda) ->
     with _guard:
         if memory.address in _registered:
             return True
-        outcome = int(cuda.cudart().cudaHostRegister(memory.address, memory.size_bytes, flags))
+        outcome = int(cuda.cudart().cudaHostRegister(memory.address, memory.size_bytes, PORTABLE))
         if outcome != 0:
             warnings.warn(
                 f"cudaHostRegister of {memory.size_bytes} bytes: error {outcome}", RuntimeWarning, stacklevel=2

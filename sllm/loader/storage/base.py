@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class Source(Protocol):
+class PartitionBytes(Protocol):
     """The bytes of one partition. Several threads read at once."""
 
     @property

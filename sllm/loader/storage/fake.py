@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 
 class FakeSource:
     """`data` is what the disk holds.
 
     `most_bytes` makes every read short. `errors` maps an offset to what a read that touches it raises. `flips` maps an
-    offset to how many reads see that byte wrong (a bus, a cache); `fresh` reads count too. `gate(offset)` is called
-    before each read, and may block. `reads` lists (offset, bytes) of all reads.
+    offset to how many reads see that byte wrong (a bus, the disk); `fresh` reads count too. Bytes at the offsets of
+    `stale` are wrong in a cache, past which only `fresh` reads go. `gate(offset)` is called before each read, and may
+    block. `reads` lists (offset, bytes) of all reads.
     """
 
     def __init__(
@@ -22,6 +23,7 @@ class FakeSource:
         most_bytes: int | None = None,
         errors: Mapping[int, OSError] | None = None,
         flips: Mapping[int, int] | None = None,
+        stale: Collection[int] = (),
         gate: Callable[[int], None] = lambda offset: None,
     ) -> None:
         self.name = name
@@ -32,6 +34,7 @@ class FakeSource:
         self._most_bytes = most_bytes
         self._errors = dict(errors or {})
         self._flips = dict(flips or {})
+        self._stale = tuple(stale)
         self._gate = gate
         self._lock = threading.Lock()
 
@@ -47,14 +50,17 @@ class FakeSource:
             for place, error in self._errors.items():
                 if offset <= place < offset + len(found):
                     raise error
-            self._flip(found, offset)
+            self._flip(found, offset, fresh)
         view[: len(found)] = found
         return len(found)
 
     def close(self) -> None:
         self.is_closed = True
 
-    def _flip(self, found: bytearray, offset: int) -> None:
+    def _flip(self, found: bytearray, offset: int, fresh: bool) -> None:
+        for place in () if fresh else self._stale:
+            if offset <= place < offset + len(found):
+                found[place - offset] ^= 0xFF
         for place, left in self._flips.items():
             if left > 0 and offset <= place < offset + len(found):
                 found[place - offset] ^= 0xFF

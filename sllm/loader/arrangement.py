@@ -19,7 +19,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Arrangement:
     """All partitions, one behind the other, in `size_bytes`. Each begins at a page: lengths are whole pages."""
 
     parts: tuple[Part, ...]
@@ -31,26 +31,26 @@ class Plan:
         return tuple(part.start for part in self.parts)
 
 
-def plan(manifest: Manifest) -> Plan:
-    """Return how to load a whole checkpoint."""
+def arrange(manifest: Manifest) -> Arrangement:
+    """Return where a whole checkpoint goes."""
     parts: list[Part] = []
     end = 0
     for partition in manifest.partitions:
         parts.append(Part(start=end, partition=partition))
         end += partition.size_bytes
-    return Plan(parts=tuple(parts), size_bytes=end, chunk_bytes=manifest.chunk_bytes)
+    return Arrangement(parts=tuple(parts), size_bytes=end, chunk_bytes=manifest.chunk_bytes)
 
 
-def ring_slots(loading: Plan, room_bytes: int) -> int:
+def ring_slots(arrangement: Arrangement, room_bytes: int) -> int:
     """Return how many chunks the ring may have that a load for a device goes through, with so much room.
 
     Raises CapacityExceeded if not even two fit: one is read into while another is copied out.
     """
-    longest = max((-(-part.partition.size_bytes // loading.chunk_bytes) for part in loading.parts), default=0)
-    slots = min(longest, RING_BYTES // loading.chunk_bytes, room_bytes // loading.chunk_bytes)
+    longest = max((-(-part.partition.size_bytes // arrangement.chunk_bytes) for part in arrangement.parts), default=0)
+    slots = min(longest, RING_BYTES // arrangement.chunk_bytes, room_bytes // arrangement.chunk_bytes)
     if slots < min(2, longest):
         raise CapacityExceeded(
-            f"a load in chunks of {loading.chunk_bytes} bytes needs two of them; the pool has {room_bytes} bytes free",
+            f"a load in chunks of {arrangement.chunk_bytes} bytes needs two of them; {room_bytes} bytes are free",
             hint="let go of tensors loaded before, or make a larger Pool",
         )
     return slots

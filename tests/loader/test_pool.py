@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from sllm.errors import CapacityExceeded, Conflict
-from sllm.loader.memory import arena
-from sllm.loader.memory.arena import Allocation, FreeList, Pool
+from sllm.loader.memory.pool import Allocation, FreeList, Pool, fresh
 
 PAGE = 4096
 
@@ -76,7 +75,7 @@ def test_the_memory_of_a_pool_is_present_from_the_start() -> None:
 
 def test_more_memory_than_there_are_addresses_for_is_refused() -> None:
     with pytest.raises(CapacityExceeded):
-        arena.fresh(1 << 50)
+        fresh(1 << 50)
     with pytest.raises(CapacityExceeded):
         Pool(1 << 50)
 
