@@ -11,6 +11,11 @@ from __future__ import annotations
 from sllm.core.device import DeviceKind
 from sllm.core.replica import ReplicaSpec
 
+# What every key says; the engine adds whatever else its parameters depend on.
+CHECKPOINT = "checkpoint"  # the digest of the one that they were made from
+ENGINE = "engine"
+ENGINE_VERSION = "engine_version"
+
 # Engine arguments that change which parameters an engine has, or what is in them.
 _ARGUMENTS = ("dtype", "hf_overrides", "kv_cache_dtype", "quantization")
 
@@ -21,9 +26,9 @@ def runtime_key(
     """Return the key for one rank of a replica. `engine` and `version` are as in WarmReady."""
     given = {f"arg.{name}": spec.engine_args[name] for name in _ARGUMENTS if name in spec.engine_args}
     return {
-        "checkpoint": spec.digest,
-        "engine": engine,
-        "engine_version": version,
+        CHECKPOINT: spec.digest,
+        ENGINE: engine,
+        ENGINE_VERSION: version,
         "device_kind": str(device_kind),
         "world_size": str(world_size),
         "rank": str(rank),
