@@ -21,9 +21,10 @@ from sllm.agent.store.client import Died, Granted, StoreClient, Wanted
 from sllm.agent.store.protocol import Damaged, Loaded, Priority
 from sllm.core.node import LoadReport
 from sllm.core.residency import Tier, TierUsage
+from sllm.core.runtime_layout import CHECKPOINT
 from sllm.errors import SllmError
 from sllm.loader.memory.table import Entry, EntryState
-from sllm.loader.runtime_layouts import CHECKPOINT, RuntimeLayout
+from sllm.loader.runtime_layouts import RuntimeLayout
 from sllm.loader.store import SsdStore, StoredCheckpoint
 
 log = logging.getLogger(__name__)
