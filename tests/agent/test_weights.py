@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sllm.core.residency import ResidencyState, Tier
+from sllm.core.runtime_layout import CHECKPOINT
 from sllm.errors import ChunkCorrupt, InvalidCheckpoint, NotFound, PartitionTruncated
 from sllm.loader.format import PAGE_BYTES, Tensor
-from sllm.loader.runtime_layouts import CHECKPOINT
 from sllm.loader.writing import CheckpointWriter
 
 MakeNode = Callable[..., Any]
