@@ -138,10 +138,14 @@ class SourcesConfig(_Section):
 class EngineConfig(_Section):
     kind: Literal["vllm", "fake"] = "vllm"
     kv_cache_bytes: int = Field(default=_GIB // 4, gt=0, description="per replica, on CPU devices")
-    grace_s: float = Field(default=60.0, gt=0, description="an engine host without its agent ends after this")
+    grace_s: float = Field(
+        default=60.0, gt=0, description="an engine host or store process without its agent ends after this"
+    )
     start_timeout_s: float = Field(default=600.0, gt=0)
     bind_host: str = "127.0.0.1"
-    stop_with_agent: bool = Field(default=False, description="an orderly stop of the agent stops engine hosts too")
+    stop_with_agent: bool = Field(
+        default=False, description="an orderly stop of the agent stops engine hosts and the store process too"
+    )
 
 
 class AgentConfig(_Section):
