@@ -21,7 +21,7 @@ from sllm.agent.store import protocol
 from sllm.agent.store.client import Died, StoreClient
 from sllm.agent.store.process import present_bytes
 from sllm.core.grant import POOL_CHUNK_BYTES
-from sllm.errors import Unavailable
+from sllm.errors import SllmError, Unavailable
 from sllm.linux import start_ticks
 from sllm.loader.memory.table import EntryState
 
@@ -300,7 +300,7 @@ async def test_an_unknown_folder_or_priority_is_an_answer_not_an_end(make_proces
     store, made = make_process(), make_checkpoint()
     client = await store.client()
     for changes in ({"folder": "\0"}, {"folder": "/dev/null"}, {"folder": ""}, {"partition": 10**15}):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(SllmError) as caught:
             await client.open(made.wanted(**changes))
         assert not isinstance(caught.value, Died), changes
     granted = await client.open(made.wanted(priority=10**6, deadline_s=-1.0))
