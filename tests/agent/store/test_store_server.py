@@ -18,6 +18,7 @@ from sllm.errors import (
     ChunkCorrupt,
     DeadlineExceeded,
     ManifestCorrupt,
+    ManifestMalformed,
     ManifestMissing,
     PartitionMissing,
     PartitionTruncated,
@@ -208,7 +209,7 @@ async def test_a_disk_error_is_damage_too(make_store: Make, make_checkpoint: Mak
     ("spoil", "expected"),
     [
         (lambda made: (made.folder / "manifest.json").unlink(), ManifestMissing),
-        (lambda made: (made.folder / "manifest.json").write_bytes(b"{}"), Exception),
+        (lambda made: (made.folder / "manifest.json").write_bytes(b"{}"), ManifestMalformed),
         (lambda made: made.wanted(digest="sha256:0"), ManifestCorrupt),
         (lambda made: made.wanted(partition=1), PartitionMissing),
         (lambda made: made.wanted(partition=-1), PartitionMissing),
