@@ -13,7 +13,7 @@ from sllm.core.deployment import DeploymentState
 from sllm.core.node import NodeState
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Intent
-from sllm.errors import Conflict, InvalidCheckpoint, SllmError, Unavailable
+from sllm.errors import Conflict, InvalidCheckpoint, NotFound, SllmError, Unavailable
 from sllm.rpc.control import AddCheckpointRequest, Empty, ReadLogsRequest
 from sllm.rpc.nodes import NodeClient
 
@@ -391,5 +391,5 @@ async def test_logs_are_read_where_they_are(bench):
     assert await read(replica.spec.id) == [f"a:{replica.spec.id}:7"]
     assert await read("a") == ["a::7"]
     for unknown in ("rep-none", "b"):
-        with pytest.raises(Exception, match=unknown):
+        with pytest.raises(NotFound, match=unknown):
             await read(unknown)
