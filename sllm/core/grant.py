@@ -25,7 +25,8 @@ POOL_CHUNK_BYTES = 8 << 20  # the unit of allocation in a pool: any chunk of I/O
 
 
 class Extent(NamedTuple):
-    """`size_bytes` bytes from `offset` of the pool; both are multiples of POOL_CHUNK_BYTES."""
+    """`size_bytes` bytes from `offset` of a pool. In the one that processes share, both are multiples of
+    POOL_CHUNK_BYTES."""
 
     offset: int
     size_bytes: int
