@@ -25,7 +25,7 @@
     ├── PermissionDenied            the identity may not do this
     ├── CapacityExceeded            it can never fit (memory, devices, disk)
     ├── QueueFull                   it does not fit right now: try again after `retry_after_s`
-    ├── Unavailable                 a process cannot be reached, or is shutting down
+    ├── Unavailable                 a process cannot be reached, is shutting down, or has nothing to give just now
     ├── DeadlineExceeded            the time given ran out
     ├── OperationFailed             long work ended in failure
     │   └── EngineFailed            an engine did not start, or died

@@ -15,7 +15,7 @@ from sllm.agent.launching import Launcher
 from sllm.agent.records import Records
 from sllm.agent.replicas import Replicas
 from sllm.agent.scratch import Scratch
-from sllm.agent.store.base import Store
+from sllm.agent.store.base import StoreRunner
 from sllm.agent.survey import Seen, Survey
 from sllm.agent.warm.base import Warm
 from sllm.agent.weights import Weights
@@ -41,7 +41,7 @@ class LocalNode:
         tls: Tls | None,
         folders: Folders,
         *,
-        store_process: Store,
+        store_process: StoreRunner,
         devices: DeviceSource,
         warm: Warm,
         changes: Changes,

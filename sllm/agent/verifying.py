@@ -28,7 +28,7 @@ async def verify(
         latest = AddProgress(done_bytes=done_bytes, total_bytes=total_bytes)
         changes.notify()
 
-    work = asyncio.create_task(weights.verify(store.folder(stored), show, deep=deep))
+    work = asyncio.create_task(weights.verify(stored, show, deep=deep))
     work.add_done_callback(lambda _: changes.notify())
     try:
         while not work.done():

@@ -12,11 +12,10 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TypeVar
 
 from sllm.agent.inventory import InMemory
-from sllm.agent.store.base import Store
+from sllm.agent.store.base import StoreRunner
 from sllm.agent.store.client import Died, Granted, StoreClient, Wanted
 from sllm.agent.store.protocol import Damaged, Loaded, Priority
 from sllm.core.node import LoadReport
@@ -39,13 +38,13 @@ _ATTEMPTS = 3  # of asking, when the store process dies before it answers
 class Weights:
     """Belongs to the event loop. `on_change`: what the pool holds changed, or a load has ended."""
 
-    def __init__(self, process: Store, store: SsdStore, on_change: Callable[[], None]) -> None:
+    def __init__(self, process: StoreRunner, store: SsdStore, on_change: Callable[[], None]) -> None:
         self._process = process
         self._store = store
         self._on_change = on_change
         self._loads: deque[LoadReport] = deque(maxlen=_KEPT_LOADS)
         self._count = 0
-        self._prefetches: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         process.start(self)
 
     @asynccontextmanager
@@ -60,8 +59,8 @@ class Weights:
         """Grant a partition: its bytes are in memory, or on their way, as the feed tells (sllm.core.grant).
 
         Comes when the load's turn in the queue has come; leaving closes both descriptors, after which whoever has got
-        copies of them still holds the memory. Raises InvalidCheckpoint, CapacityExceeded, DeadlineExceeded,
-        Unavailable.
+        copies of them still holds the memory. Raises InvalidCheckpoint, DeadlineExceeded, Unavailable (while
+        all of the pool is in use, too).
         """
         granted = await self._open(self._wanted(stored, partition, priority, deadline_s))
         try:
@@ -71,23 +70,24 @@ class Weights:
 
     def prefetch(self, stored: StoredCheckpoint | RuntimeLayout, *, partition: int = 0) -> None:
         """Have it in memory when it may soon be wanted. Returns at once; a failure is only logged."""
-        task = asyncio.create_task(self._prefetch(self._wanted(stored, partition, Priority.PREFETCH, 0.0)))
-        self._prefetches.add(task)
-        task.add_done_callback(self._prefetches.discard)
+        wanted = self._wanted(stored, partition, Priority.PREFETCH, 0.0)
+        self._spawn(lambda: self._prefetch(wanted), f"{wanted.folder} is not prefetched")
 
-    async def verify(self, folder: Path, progress: Callable[[int, int], None], *, deep: bool = False) -> None:
+    async def verify(
+        self, stored: StoredCheckpoint, progress: Callable[[int, int], None], *, deep: bool = False
+    ) -> None:
         """Verify a checkpoint's files on SSD, whenever nothing is loaded; `progress` gets done and total bytes.
 
         Raises the InvalidCheckpoint that says what is wrong.
         """
-        await self._asked(lambda client: client.check(str(folder), progress, deep=deep))
+        digest, folder = stored.manifest.digest, str(self._store.folder(stored))
+        await self._asked(lambda client: client.verify(digest, folder, progress, deep=deep))
 
     def forget(self, digest: str) -> None:
         """Free the memory of a checkpoint that is gone, in all its layouts."""
         if self._process.is_there:
-            task = asyncio.create_task(self._forget({e.digest for e in self._entries if e.checkpoint == digest}))
-            self._prefetches.add(task)
-            task.add_done_callback(self._prefetches.discard)
+            digests = {entry.digest for entry in self._entries if entry.checkpoint == digest}
+            self._spawn(lambda: self._forget(digests), f"the memory of {digest} is not freed")
 
     @property
     def loads(self) -> tuple[LoadReport, ...]:
@@ -116,7 +116,7 @@ class Weights:
 
     async def close(self, *, stop: bool) -> None:
         """Leave the store process running, or `stop` it."""
-        for task in self._prefetches:
+        for task in self._tasks:
             task.cancel()
         await self._process.close(stop=stop)
 
@@ -140,16 +140,7 @@ class Weights:
 
     def damaged(self, damaged: Damaged) -> None:
         """Use a copy no more whose bytes are not what was written."""
-        for stored in self._store.entries():
-            same_content = damaged.digest in ("", stored.manifest.digest)  # "": the manifest does not even say
-            if same_content and str(self._store.folder(stored)) == damaged.folder:
-                log.error("checkpoint %s is put in quarantine: %s", stored.checkpoint.name, damaged.message)
-                self._store.quarantine(stored)
-        for layout in self._store.runtimes():
-            if str(layout.folder) == damaged.folder:
-                log.error("runtime layout %s is removed: %s", layout.folder.name, damaged.message)
-                self._store.drop_runtime(layout.manifest.key)
-        self._on_change()
+        self._spawn(lambda: self._withdraw(damaged), f"{damaged.folder} is damaged, and stays in use")
 
     # ----------------------------------------------------------------------------------------
 
@@ -186,18 +177,45 @@ class Weights:
                 log.warning("%s: it is asked again", error)
         return await question(await self._process.client())
 
+    def _spawn(self, work: Callable[[], Awaitable[None]], otherwise: str) -> None:
+        """Do something that nobody waits for. `otherwise` says in the log what it means if it fails."""
+        task = asyncio.create_task(_logged(work, otherwise))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _withdraw(self, damaged: Damaged) -> None:
+        await asyncio.to_thread(_withdraw, self._store, damaged)
+        self._on_change()
+
     async def _prefetch(self, wanted: Wanted) -> None:
-        try:
-            granted = await self._open(wanted)
-            os.close(granted.lease_fd)  # it may go again before anybody wants it
-            await _fed(granted.feed_fd)
-        except SllmError as error:
-            log.warning("%s is not prefetched: %s", wanted.folder, error)
+        granted = await self._open(wanted)
+        os.close(granted.lease_fd)  # it may go again before anybody wants it
+        await _fed(granted.feed_fd)
 
     async def _forget(self, digests: set[str]) -> None:
         client = await self._process.client()
         for digest in digests:
             client.forget(digest)
+
+
+async def _logged(work: Callable[[], Awaitable[None]], otherwise: str) -> None:
+    try:
+        await work()
+    except (SllmError, OSError) as error:
+        log.error("%s: %s", otherwise, error)
+
+
+def _withdraw(store: SsdStore, damaged: Damaged) -> None:
+    """Put a checkpoint in quarantine, or remove a runtime layout, if it is still the one that is damaged. Blocking."""
+    place = damaged.digest, damaged.folder
+    for stored in store.entries():
+        if (stored.manifest.digest, str(store.folder(stored))) == place:
+            log.error("checkpoint %s is put in quarantine: %s", stored.checkpoint.name, damaged.message)
+            store.quarantine(stored)
+    for layout in store.runtimes():
+        if (layout.manifest.digest, str(layout.folder)) == place:
+            log.error("runtime layout %s is removed: %s", layout.folder.name, damaged.message)
+            store.drop_runtime(layout.manifest.key)
 
 
 def _is_ready(entries: list[Entry]) -> bool:

@@ -50,9 +50,14 @@ class Grant:
 
     @property
     def chunks(self) -> int:
-        return -(-self.size_bytes // self.chunk_bytes)
+        return chunks_in(self.size_bytes, self.chunk_bytes)
 
     @property
     def is_ring(self) -> bool:
         """True if chunks must be copied out as they come."""
         return self.slots < self.chunks
+
+
+def chunks_in(size_bytes: int, chunk_bytes: int) -> int:
+    """Return how many chunks so many bytes take; the last may be shorter."""
+    return -(-size_bytes // chunk_bytes)

@@ -12,25 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A copy on the tier. `reload_s` is what reading it took; `pinned` copies are in use and stay."""
+    """A copy on the tier, which `id` tells from others. `reload_s` is what reading it took; `pinned` copies are in use
+    and stay."""
 
-    digest: str
+    id: int
     size_bytes: int
     reload_s: float
     uses: int
     last_used: float
     pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eviction:
-    """`victims` go, the least worthy first; None when even all of them would not make room."""
-
-    victims: tuple[str, ...] | None
-
-    @property
-    def possible(self) -> bool:
-        return self.victims is not None
 
 
 def worth(copy: Held, now: float) -> float:
@@ -39,12 +29,12 @@ def worth(copy: Held, now: float) -> float:
     return copy.reload_s * copy.uses / (max(1, copy.size_bytes) * (1.0 + age_s))
 
 
-def make_room(held: Iterable[Held], *, free_bytes: int, needed_bytes: int, now: float) -> Eviction:
-    """Choose what to evict so that `needed_bytes` fit."""
+def make_room(held: Iterable[Held], *, free_bytes: int, needed_bytes: int, now: float) -> tuple[int, ...] | None:
+    """Return what to evict so that `needed_bytes` fit, the least worthy first; None if even all would not make room."""
     short = needed_bytes - free_bytes
     if short <= 0:
-        return Eviction(victims=())
-    candidates = sorted((copy for copy in held if not copy.pinned), key=lambda copy: (worth(copy, now), copy.digest))
+        return ()
+    candidates = sorted((copy for copy in held if not copy.pinned), key=lambda copy: (worth(copy, now), copy.id))
     chosen: list[Held] = []
     for copy in candidates:
         if short <= 0:
@@ -52,8 +42,8 @@ def make_room(held: Iterable[Held], *, free_bytes: int, needed_bytes: int, now: 
         chosen.append(copy)
         short -= copy.size_bytes
     if short > 0:
-        return Eviction(victims=None)
-    return Eviction(victims=tuple(copy.digest for copy in _spare_the_worthy(chosen, -short)))
+        return None
+    return tuple(copy.id for copy in _spare_the_worthy(chosen, -short))
 
 
 def _spare_the_worthy(chosen: list[Held], surplus: int) -> list[Held]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sllm.agent.store.protocol import Damaged
 from sllm.core.residency import ResidencyState, Tier
 from sllm.core.runtime_layout import CHECKPOINT
 from sllm.errors import ChunkCorrupt, InvalidCheckpoint, NotFound, PartitionTruncated
@@ -110,6 +111,38 @@ async def test_a_copy_whose_bytes_are_wrong_is_in_quarantine(make_node: MakeNode
     await node.until(lambda: node.local.weights.in_memory == ())
 
 
+async def test_of_two_copies_with_the_same_content_only_the_damaged_one_is_in_quarantine(
+    make_node: MakeNode, model: Path
+) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    assert await node.add(model, "twin") == digest
+    stored = node.local.store.with_digest(digest)
+    os.truncate(node.local.store.folder(stored) / "partition-000.bin", 5)
+    async with node.local.weights.granted(stored) as granted:
+        await fed(granted.feed_fd)
+    await node.until(lambda: node.local.store.damaged())
+    assert node.local.store.damaged() == (stored,)
+    other = node.local.store.with_digest(digest)
+    async with node.local.weights.granted(other) as granted:
+        assert b"ready" in (await fed(granted.feed_fd))[-1]
+    assert node.local.store.entries() == (other,)
+
+
+async def test_bad_news_of_content_that_was_replaced_meanwhile_changes_nothing(
+    make_node: MakeNode, model: Path
+) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    layout = written_runtime(node, {CHECKPOINT: digest, "engine": "fake", "engine_version": "1"})
+    for folder in (layout.folder, node.local.store.folder(node.local.store.with_digest(digest))):
+        seen = node.local.changes.revision
+        node.local.weights.damaged(Damaged(digest="sha256:another", folder=str(folder), message="damaged"))
+        await node.local.changes.wait_beyond(seen)
+    assert node.local.store.runtimes() == (layout,)
+    assert node.local.store.damaged() == ()
+
+
 async def test_what_cannot_be_read_at_all_is_an_error_for_all_who_wait(make_node: MakeNode, model: Path) -> None:
     node = make_node()
     stored = node.local.store.with_digest(await node.add(model))
@@ -176,11 +209,11 @@ async def test_files_are_verified_with_progress_and_what_is_wrong_is_in_quaranti
 ) -> None:
     node = make_node()
     stored = node.local.store.with_digest(await node.add(model))
-    folder, seen = node.local.store.folder(stored), []
-    await node.local.weights.verify(folder, lambda *done: seen.append(done))
+    seen: list[tuple[int, int]] = []
+    await node.local.weights.verify(stored, lambda *done: seen.append(done))
     assert seen[-1] == (stored.manifest.stored_bytes, stored.manifest.stored_bytes)
-    with (folder / "partition-000.bin").open("r+b") as file:
+    with (node.local.store.folder(stored) / "partition-000.bin").open("r+b") as file:
         file.write(b"x")
     with pytest.raises(ChunkCorrupt):
-        await node.local.weights.verify(folder, lambda *done: None)
+        await node.local.weights.verify(stored, lambda *done: None)
     await node.until(lambda: residency(node, Tier.SSD) == [ResidencyState.QUARANTINED])

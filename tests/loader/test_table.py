@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sllm.core.grant import POOL_CHUNK_BYTES, Extent
-from sllm.loader.memory.table import Entry, EntryState, FreeSpace, Table
+from sllm.loader.memory.table import Entry, EntryState, Table
 
 CHUNK = POOL_CHUNK_BYTES
 ALL = (Extent(0, 8 * CHUNK),)
@@ -38,29 +38,6 @@ def add(table: Table, digest: str, chunks: int, *, slots: int | None = None, now
     )
 
 
-def test_takes_the_smallest_hole_that_fits_and_else_few_large_ones() -> None:
-    space = FreeSpace((Extent(0, 4 * CHUNK), Extent(5 * CHUNK, CHUNK), Extent(7 * CHUNK, 2 * CHUNK)))
-    assert space.take(2 * CHUNK) == (Extent(7 * CHUNK, 2 * CHUNK),)
-    assert space.take(5 * CHUNK) == (Extent(0, 4 * CHUNK), Extent(5 * CHUNK, CHUNK))
-    with pytest.raises(ValueError):
-        space.take(CHUNK)
-
-
-def test_memory_that_comes_back_is_merged_with_its_neighbours() -> None:
-    space = FreeSpace(ALL)
-    whole = space.take(8 * CHUNK)
-    for number in (0, 2, 1):
-        space.give_back(Extent(number * CHUNK, CHUNK))
-    space.give_back(Extent(3 * CHUNK, 5 * CHUNK))
-    assert space.extents == whole == ALL
-
-
-def test_memory_cannot_come_back_twice() -> None:
-    space = FreeSpace(ALL)
-    with pytest.raises(AssertionError):
-        space.give_back(Extent(CHUNK, CHUNK))
-
-
 def test_a_partition_takes_whole_chunks_of_the_pool_and_an_empty_one_too() -> None:
     table = Table(8 * CHUNK, 1)
     small = table.add(
@@ -80,6 +57,18 @@ def test_what_is_read_or_leased_never_makes_room() -> None:
     assert table.get(loading.generation) == loading
 
 
+def test_what_is_to_be_verified_makes_room_unless_somebody_waits_for_it() -> None:
+    table = Table(8 * CHUNK, 1)
+    generations = [table.ready(add(table, digest, 4).generation, 1.0).generation for digest in ("a", "b")]
+    table = Table.adopt(8 * CHUNK, 1, table.entries, nobody)
+    awaited, other = generations
+    assert table.victims(CHUNK, 1.0, nobody, {awaited}) == (table.get(other),)
+    assert table.victims(8 * CHUNK, 1.0, nobody) == table.entries
+    assert table.victims(CHUNK, 1.0, nobody, generations) is None
+    assert table.victims(CHUNK, 1.0, everybody) is None
+    assert table.ring_slots(CHUNK, 8, 1.0, nobody, {awaited}) == 4
+
+
 def test_what_is_cheap_to_read_again_makes_room_first() -> None:
     table = Table(8 * CHUNK, 1)
     for digest, reload_s in (("dear", 60.0), ("cheap", 1.0)):
@@ -96,9 +85,9 @@ def test_memory_that_is_leased_when_its_entry_goes_is_kept_back_until_it_is_not(
     entry = add(table, "a", 4)
     last = Extent(entry.extents[0].offset + 3 * CHUNK, CHUNK)
     table.drop(entry.generation, lambda extents: any(_overlap(extent, last) for extent in extents))
-    assert (table.kept_back_bytes, table.free_bytes) == (CHUNK, 7 * CHUNK)
+    assert (table.entries, table.free_bytes) == ((), 7 * CHUNK)
     assert table.victims(8 * CHUNK, 0.0, nobody) == ()
-    assert (table.kept_back_bytes, table.free_bytes) == (0, 8 * CHUNK)
+    assert table.free_bytes == 8 * CHUNK
 
 
 def test_a_ring_is_used_by_its_one_reader_only() -> None:
@@ -123,7 +112,7 @@ def test_the_next_owner_verifies_what_was_whole_and_drops_the_rest() -> None:
     assert [(entry.digest, entry.state, entry.reload_s) for entry in next_table.entries] == [
         ("whole", EntryState.VERIFYING, 3.0)
     ]
-    assert (next_table.kept_back_bytes, next_table.free_bytes) == (2 * CHUNK, 4 * CHUNK)
+    assert next_table.free_bytes == 4 * CHUNK  # and two chunks are kept back: they are leased
     assert add(next_table, "new", 1).generation > ring.generation
 
 
@@ -166,7 +155,7 @@ class Pool(RuleBasedStateMachine):
             return
         for victim in victims:
             assert not self.leased(victim.extents)
-            assert victim.state is EntryState.READY
+            assert victim.state is not EntryState.LOADING
             self.table.drop(victim.generation, self.leased)
         entry = add(self.table, digest, chunks, slots=slots, now=self.now)
         assert not self.leased(entry.extents), "memory that somebody has was given out again"
@@ -216,7 +205,6 @@ class Pool(RuleBasedStateMachine):
         everything = [*held, *table._free.extents, *table._kept_back]
         chunks = Counter(offset for extent in everything for offset in range(extent.offset, sum(extent), CHUNK))
         assert chunks == Counter(range(0, table.size_bytes, CHUNK))
-        assert table.used_bytes == sum(entry.held_bytes for entry in table.entries) + table.kept_back_bytes
 
     @invariant()
     def nothing_leased_is_free(self) -> None:

@@ -8,7 +8,7 @@ from sllm.agent.store.client import Listener, StoreClient
 from sllm.loader.memory.table import Entry
 
 
-class Store(Protocol):
+class StoreRunner(Protocol):
     """`size_bytes` is the pool's, or what it will be; `entries` what it held when it was last heard of."""
 
     @property

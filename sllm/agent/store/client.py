@@ -70,9 +70,9 @@ class StoreClient:
         self._welcome: asyncio.Future[protocol.Welcome] = loop.create_future()
         self._closed: asyncio.Future[None] = loop.create_future()
         self._grants: dict[int, asyncio.Future[Granted]] = {}
-        self._checks: dict[int, tuple[asyncio.Future[None], Callable[[int, int], None]]] = {}
+        self._verifications: dict[int, tuple[asyncio.Future[None], Callable[[int, int], None]]] = {}
         self._channel = Channel(sock, self._take, self._end)
-        self._channel.send(protocol.Hello(release=protocol.RELEASE))
+        self._channel.send(protocol.Hello())
 
     @property
     def is_closed(self) -> bool:
@@ -113,20 +113,25 @@ class StoreClient:
         finally:
             self._grants.pop(number, None)
 
-    async def check(self, folder: str, progress: Callable[[int, int], None], *, deep: bool = False) -> None:
-        """Verify the files in a folder; `progress` gets done and total bytes. Raises what is wrong, and Died."""
+    async def verify(
+        self, digest: str, folder: str, progress: Callable[[int, int], None], *, deep: bool = False
+    ) -> None:
+        """Verify the files in a folder, whose manifest has `digest`; `progress` gets done and total bytes.
+
+        Raises what is wrong, and Died.
+        """
         number = next(self._ids)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._check_open()
-        self._checks[number] = (answer, progress)
-        self._channel.send(protocol.Check(id=number, folder=folder, deep=deep))
+        self._verifications[number] = (answer, progress)
+        self._channel.send(protocol.Verify(id=number, digest=digest, folder=folder, deep=deep))
         try:
             await asyncio.shield(answer)
         except asyncio.CancelledError:
             self._channel.send(protocol.Abandon(id=number))
             raise
         finally:
-            self._checks.pop(number, None)
+            self._verifications.pop(number, None)
 
     def forget(self, digest: str) -> None:
         self._channel.send(protocol.Forget(digest=digest))
@@ -155,10 +160,10 @@ class StoreClient:
                 self._take_grant(message, fds)
             case protocol.Refused():
                 self._take_refusal(message)
-            case protocol.Checking() if message.id in self._checks:
-                self._checks[message.id][1](message.done_bytes, message.total_bytes)
-            case protocol.Checked() if message.id in self._checks:
-                _set(self._checks[message.id][0], None)
+            case protocol.Verifying() if message.id in self._verifications:
+                self._verifications[message.id][1](message.done_bytes, message.total_bytes)
+            case protocol.Verified() if message.id in self._verifications:
+                _set(self._verifications[message.id][0], None)
             case _:
                 close_all(fds)
                 self._take_news(message)
@@ -193,29 +198,30 @@ class StoreClient:
             self._channel.end()
 
     def _take_grant(self, message: protocol.Granted, fds: list[int]) -> None:
-        answer = self._grants.pop(message.id, None)
-        if answer is None or answer.done() or len(fds) != 2:
-            close_all(fds)  # nobody waits for it any more
-            return
         try:
+            lease_fd, feed_fd = fds
             grant = protocol.grant_from(message.grant)
-        except Malformed:
+        except (Malformed, ValueError):  # ValueError: other than two descriptors
             close_all(fds)
             self._channel.end()
             return
-        answer.set_result(Granted(grant=grant, lease_fd=fds[0], feed_fd=fds[1]))
+        answer = self._grants.pop(message.id, None)
+        if answer is None or answer.done():
+            close_all(fds)  # nobody waits for it any more
+        else:
+            answer.set_result(Granted(grant=grant, lease_fd=lease_fd, feed_fd=feed_fd))
 
     def _take_refusal(self, message: protocol.Refused) -> None:
         error = error_from(message.reason, message.message, hint=message.hint)
         if message.id in self._grants:
             _fail(self._grants.pop(message.id), error)
-        elif message.id in self._checks:
-            _fail(self._checks[message.id][0], error)
+        elif message.id in self._verifications:
+            _fail(self._verifications[message.id][0], error)
 
     def _end(self) -> None:
         _set(self._closed, None)
         waiting: list[asyncio.Future[Any]] = [self._welcome, *self._grants.values()]
-        for answer in (*waiting, *(check for check, _ in self._checks.values())):
+        for answer in (*waiting, *(answer for answer, _ in self._verifications.values())):
             _fail(answer, _died())
         self._listener.changed()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from contextlib import suppress
 
 from sllm.agent.store.client import Listener, StoreClient
+from sllm.agent.store.inherited import IsIntact
 from sllm.agent.store.load import OpenSource
 from sllm.agent.store.server import Server
 from sllm.loader.memory.shared import SharedPool
@@ -16,12 +18,26 @@ from sllm.loader.storage.direct import DirectFile
 
 
 class FakeStore:
-    """Reads real files, or what `open_source` says, into a real, small pool."""
+    """Reads real files, or what `open_source` says, into a real, small pool; or into that of the one `before`, which it
+    takes over as it does what that one held."""
 
-    def __init__(self, size_bytes: int = 64 << 20, *, threads: int = 2, open_source: OpenSource = DirectFile) -> None:
-        self._pool = SharedPool.create(size_bytes, hugepages=False)
+    def __init__(
+        self,
+        size_bytes: int = 64 << 20,
+        *,
+        threads: int = 2,
+        open_source: OpenSource = DirectFile,
+        before: FakeStore | None = None,
+        is_intact: IsIntact | None = None,
+    ) -> None:
+        if before is None:
+            self._pool = SharedPool.create(size_bytes, hugepages=False)
+        else:
+            self._pool = SharedPool.adopt(os.dup(before._pool.fd))
+        self._inherited = before.entries if before else ()
         self._threads = threads
         self._open_source = open_source
+        self._is_intact = is_intact
         self._client: StoreClient | None = None
         self._server: Server | None = None
         self._work: asyncio.Task[None] | None = None
@@ -39,8 +55,15 @@ class FakeStore:
         return self._client is not None
 
     def start(self, listener: Listener) -> None:
-        table = Table(self._pool.size_bytes, time.time_ns() // 1000)
-        self._server = Server(self._pool, table, threads=self._threads, grace_s=60.0, open_source=self._open_source)
+        generation = time.time_ns() // 1000
+        self._server = Server(
+            self._pool,
+            Table.adopt(self._pool.size_bytes, generation, self._inherited, self._pool.leased),
+            threads=self._threads,
+            grace_s=60.0,
+            open_source=self._open_source,
+            is_intact=self._is_intact,
+        )
         self._work = asyncio.create_task(self._server.run())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.accept(theirs)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
-from sllm.agent.store.channel import Channel
+from sllm.agent.store.askers import Asker
 from sllm.agent.store.feed import Feed
-from sllm.agent.store.protocol import Open, Refused
 from sllm.core.grant import POOL_CHUNK_BYTES
 from sllm.errors import SllmError
 from sllm.failpoints import failpoint
@@ -20,19 +18,6 @@ from sllm.loader.reading import ChunkReader
 from sllm.loader.storage.base import PartitionBytes
 
 OpenSource = Callable[[Path, int], PartitionBytes]  # (path, size in bytes): may block; raises InvalidCheckpoint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Asker:
-    """An Open that has no answer yet. `since` is when it came, in monotonic time."""
-
-    channel: Channel
-    request: Open
-    since: float
-
-    def refuse(self, error: SllmError) -> None:
-        refused = Refused(id=self.request.id, reason=error.reason, message=error.message, hint=error.hint)
-        self.channel.send(refused)
 
 
 class Load:
@@ -45,8 +30,11 @@ class Load:
         self.feeds: list[Feed] = []
         self.entry: Entry | None = None
         self.ready_chunks = 0
+        self.taken_chunks = 0
         self.called_off = False
+        self.forgotten = False  # who has been granted it keeps it, nobody else is to get it
         self.late: list[Asker] = []  # came while it was being called off: they begin anew
+        self.turn_over = asyncio.Event()  # the next load may begin
         self._reader: ChunkReader | None = None
         self._loop = asyncio.get_running_loop()
         self._telling = False
@@ -57,12 +45,18 @@ class Load:
 
     @property
     def is_wanted(self) -> bool:
-        return bool(self.askers) or any(not feed.over for feed in self.feeds)
+        return any(asker.is_waiting for asker in self.askers) or any(not feed.over for feed in self.feeds)
+
+    @property
+    def is_full(self) -> bool:
+        """True if nothing can be read before the reader of a ring takes some."""
+        return self.entry is not None and self.ready_chunks - self.taken_chunks >= self.entry.slots
 
     def taken(self, chunks: int) -> None:
         """The reader of a ring has copied so many out."""
         if self._reader is not None and self.entry is not None and self.entry.is_ring:
-            self._reader.taken(min(chunks, self.ready_chunks))
+            self.taken_chunks = max(self.taken_chunks, min(chunks, self.ready_chunks))
+            self._reader.taken(self.taken_chunks)
 
     def call_off(self) -> None:
         """Stop at the next chunk."""
@@ -95,7 +89,6 @@ class Load:
     def fail(self, error: SllmError) -> None:
         for asker in self.askers:
             asker.refuse(error)
-        self.askers.clear()
         for feed in self.feeds:
             feed.fail(error)
 

@@ -3,8 +3,8 @@
     python -P -m sllm.agent.store.main --listen-fd N --size-bytes N [--adopt POOL_FD TABLE_FD] ...
 
 It outlives its agent, so that the next one finds the pool as it was; without any agent for `--grace-s` seconds it ends.
-It imports neither torch nor grpc, and no thread of it but the reading ones works: a busy Python thread beside the reads
-costs a third of the bandwidth or more.
+It imports neither torch nor grpc, and what it does beside reading (fill the pool, verify what was inherited) is outside
+of the interpreter: a busy Python thread would hold up every chunk.
 """
 
 from __future__ import annotations

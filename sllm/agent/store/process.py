@@ -118,7 +118,12 @@ class StoreProcess:
     async def _supervise(self) -> None:
         backoff_s = BACKOFF_S[0]
         while True:
-            was_ready = await self._run_once()
+            try:
+                was_ready = await self._run_once()
+            except Exception as error:
+                log.exception("looking after the store process failed by a defect of the agent")
+                self._give_up(f"cannot be looked after: {type(error).__name__}: {error}")
+                was_ready = False
             backoff_s = BACKOFF_S[0] if was_ready else min(BACKOFF_S[1], backoff_s * 2)
             await asyncio.sleep(backoff_s)
 
@@ -179,7 +184,8 @@ class StoreProcess:
     async def _serve(self, client: StoreClient, welcome: protocol.Welcome) -> None:
         assert self._client is not None
         self._size_bytes = welcome.size_bytes
-        log.info("store process %d is ready: a pool of %d bytes", welcome.pid, welcome.size_bytes)
+        pages = "huge pages" if welcome.huge else "4 KiB pages"
+        log.info("store process %d is ready: a pool of %d bytes of %s", welcome.pid, welcome.size_bytes, pages)
         self._client.set_result(client)
         self._changed()
         try:

@@ -9,8 +9,8 @@ the message says so. A packet that is not of this form is a `Malformed`, never m
       <------------------------------------- Welcome   + descriptor of the pool, for reading and writing
       Open --------------------------------------->    (Abandon calls it off while it has no answer)
       <------------------------------ Granted or Refused     Granted: + lease, feed (sllm.core.grant)
-      Check -------------------------------------->
-      <----------------------- Checking..., Checked or Refused
+      Verify ------------------------------------->
+      <-------------------- Verifying..., Verified or Refused
       Forget, Quit ------------------------------->
       <----------------- Holds, Gone, Loaded, Damaged, at any time
 """
@@ -46,7 +46,7 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    release: str
+    """Begin: an agent that hears of another release than its own replaces the store process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +70,17 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forget:
-    """Free what the pool has of a content, as far as nobody uses it."""
+    """Free what the pool has of a content; who has been granted it keeps it."""
 
     digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """Verify a checkpoint's files on SSD; it rests while anything is loaded. Abandon ends it."""
+class Verify:
+    """Verify the files on SSD of the content with this digest; it rests while anything is loaded. Abandon ends it."""
 
     id: int
+    digest: str
     folder: str
     deep: bool
 
@@ -139,23 +140,22 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damaged:
-    """The files of a folder are not what was written. An empty `digest`: its manifest does not even say what was."""
+    """The files of a folder are not those of the content with this digest."""
 
     digest: str
     folder: str
-    reason: str
     message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checking:
+class Verifying:
     id: int
     done_bytes: int
     total_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
+class Verified:
     id: int
 
 
@@ -164,7 +164,7 @@ Message = (
     | Open
     | Abandon
     | Forget
-    | Check
+    | Verify
     | Quit
     | Welcome
     | Holds
@@ -173,8 +173,8 @@ Message = (
     | Refused
     | Loaded
     | Damaged
-    | Checking
-    | Checked
+    | Verifying
+    | Verified
 )
 _KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in Message.__args__}
 _HINTS = {kind: get_type_hints(kind) for kind in _KINDS.values()}

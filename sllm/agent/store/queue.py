@@ -18,9 +18,6 @@ class LoadingQueue(Generic[T]):
         self._waiting: list[tuple[int, int, T]] = []
         self._arrivals = 0
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     def put(self, item: T, priority: int) -> None:
         self._waiting.append((priority, self._arrivals, item))
         self._arrivals += 1

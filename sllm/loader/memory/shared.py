@@ -65,11 +65,6 @@ class SharedPool:
         except OSError as error:
             raise InvalidArgument(f"the descriptor is not that of a pool: {error.strerror}") from error
 
-    @property
-    def present_bytes(self) -> int:
-        """Bytes that take memory already; the rest comes as it is touched."""
-        return os.fstat(self.fd).st_blocks * 512
-
     def view(self, offset: int, size_bytes: int) -> memoryview:
         return self._space.view(offset, size_bytes)
 
@@ -91,7 +86,7 @@ class SharedPool:
     def prefault(self, *, lock: bool, stopped: threading.Event) -> None:
         """Fill all pages, so that no read waits for memory, and then keep them from being paged out if `lock`.
 
-        Best effort: a warning in the log says what could not be done. Takes up to 2.4 s per GB; give it a thread.
+        Best effort: a warning in the log says what could not be done. It may take seconds per GB: give it a thread.
         """
         try:
             space.populate(self._space, write=True, stopped=stopped.is_set)

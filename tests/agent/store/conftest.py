@@ -25,13 +25,13 @@ from sllm.agent.store.fake import FakeStore
 from sllm.agent.store.process import StoreOptions, StoreProcess
 from sllm.agent.store.protocol import Damaged, Loaded
 from sllm.core.grant import POOL_CHUNK_BYTES, Grant
-from sllm.errors import ManifestMissing
 from sllm.linux import start_ticks
 from sllm.loader.format import Manifest, Partition, Tensor, parse, to_bytes
 from sllm.loader.memory.table import Entry
 from sllm.loader.storage.fake import FakeSource
 
 MIB = 1 << 20
+_TURNS = 200  # of the loop: more than any test has messages under way
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.opened: list[str] = []
+        self.opens: list[str] = []  # a folder that is read again is here again
         self.sources: dict[str, FakeSource] = {}
         self.faults: dict[str, dict[str, Any]] = {}
         self._held: dict[str, threading.Event] = {}
@@ -206,6 +207,7 @@ class Disk:
 
     def open(self, path: Path, size_bytes: int) -> FakeSource:
         name = path.parent.name
+        self.opens.append(name)
         gate = self._held.get(name)
 
         def wait(offset: int) -> None:
@@ -242,9 +244,16 @@ class StoreInTest:
         return granted
 
     async def settled(self) -> None:
-        """Return when the server has heard all that was said or closed before."""
-        with suppress(ManifestMissing):
-            await self.client.check("/nowhere", lambda *done: None)
+        """Return when the server has heard all that was said or closed before: it is in this loop, and hears one
+        message of a connection each turn."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+
+    def verify(
+        self, made: Made, progress: Callable[[int, int], None] = lambda done, total: None, **changes: Any
+    ) -> asyncio.Task[None]:
+        values: dict[str, Any] = {"digest": made.digest, "folder": str(made.folder), "progress": progress}
+        return asyncio.create_task(self.client.verify(**{**values, **changes}))
 
     def begin(self, made: Made, **changes: Any) -> asyncio.Task[Granted]:
         return asyncio.create_task(self.client.open(made.wanted(**changes)))
@@ -252,12 +261,12 @@ class StoreInTest:
 
 @pytest.fixture
 async def make_store() -> AsyncIterator[Callable[..., Any]]:
-    """Return a coroutine function that makes a store of so many chunks of the pool."""
+    """Return a coroutine function that makes a store of so many chunks of the pool; keywords are FakeStore's."""
     async with AsyncExitStack() as stack:
 
-        async def make(chunks: int = 4, threads: int = 1) -> StoreInTest:
+        async def make(chunks: int = 4, threads: int = 1, **changes: Any) -> StoreInTest:
             disk, recorder = Disk(), Recorder()
-            store = FakeStore(chunks * POOL_CHUNK_BYTES, threads=threads, open_source=disk.open)
+            store = FakeStore(chunks * POOL_CHUNK_BYTES, threads=threads, open_source=disk.open, **changes)
             store.start(recorder)
             stack.push_async_callback(store.close, stop=True)
             stack.callback(disk.free_all)

@@ -29,6 +29,15 @@ pytestmark = pytest.mark.e2e
 Make = Callable[..., Any]
 
 
+FAILPOINTS = ("before-grant", "after-grant", "mid-read", "after-read", "in-evict", "in-adopt")
+
+
+def test_every_failpoint_of_the_store_process_is_tried() -> None:
+    folder = Path(protocol.__file__).parent
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert {part.split('"')[0] for part in text.split('failpoint("')[1:]} == set(FAILPOINTS)
+
+
 async def ended(pid: int) -> None:
     """Wait until a process is gone."""
     pidfd = open_process(pid)
@@ -110,7 +119,7 @@ async def test_a_lease_outlives_the_store_process_and_its_memory_is_not_given_to
     assert [entry.digest for entry in store.entries] == [third.digest]
 
 
-@pytest.mark.parametrize("failpoint", ["before-grant", "after-grant", "mid-read", "after-read"])
+@pytest.mark.parametrize("failpoint", FAILPOINTS[:4])
 async def test_who_waits_when_it_dies_is_told_or_served_by_the_next_one(
     make_process: Make, make_checkpoint: Make, failpoint: str
 ) -> None:
@@ -245,6 +254,16 @@ async def test_a_process_that_cannot_start_fails_who_waits_with_its_last_words(m
         await store.client()
 
 
+async def test_a_defect_in_looking_after_it_is_told_and_overcome(make_process: Make, make_checkpoint: Make) -> None:
+    environment: dict[str, Any] = {"VARIABLE": 5}
+    store = make_process(environment=environment)
+    with pytest.raises(Unavailable, match="cannot be looked after: TypeError"):
+        await store.client()
+    environment["VARIABLE"] = "text"
+    made = make_checkpoint()
+    assert content_of(await store.load(made)) == made.data
+
+
 async def test_one_that_hangs_is_replaced_when_the_next_agent_comes(make_process: Make) -> None:
     store = make_process()
     await store.client()
@@ -274,7 +293,7 @@ async def test_it_stays_when_somebody_speaks_nonsense(
         b"{}",
         b'{"kind": "open"}',
         b'{"kind": "open", "id": "x", "digest": 1}',
-        b'{"kind": "hello", "release": "x", "more": 1}',
+        b'{"kind": "hello", "more": 1}',
         b'{"kind": ["hello"]}',
         b'{"kind": "welcome", "release": "x", "size_bytes": 1, "huge": false, "pid": 1}',
         b'{"kind": "abandon", "id": 1e400}',
@@ -317,7 +336,7 @@ async def test_another_user_is_refused(make_process: Make) -> None:
     os.chmod(folder / "store.sock", 0o666)
     code = (
         "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
-        f"s.connect(sys.argv[1]); s.settimeout(20); s.send({protocol.encode(protocol.Hello(release='x'))!r});"
+        f"s.connect(sys.argv[1]); s.settimeout(20); s.send({protocol.encode(protocol.Hello())!r});"
         "print(s.recv(100))"
     )
     other = await asyncio.create_subprocess_exec(

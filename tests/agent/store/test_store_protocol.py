@@ -9,11 +9,13 @@ import socket
 from typing import Any
 
 import pytest
+from agent.store.conftest import Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm.agent.store import protocol
 from sllm.agent.store.channel import Channel
+from sllm.agent.store.client import Died, StoreClient, Wanted
 from sllm.agent.store.feed import Feed
 from sllm.agent.store.protocol import Malformed, Message, decode, encode
 from sllm.core.grant import POOL_CHUNK_BYTES, Extent
@@ -37,7 +39,7 @@ ENTRY = Entry(
 )
 COUNTS, TEXTS = st.integers(0, 1 << 62), st.text()
 MESSAGES = st.one_of(
-    st.builds(protocol.Hello, release=TEXTS),
+    st.builds(protocol.Hello),
     st.builds(
         protocol.Open,
         id=COUNTS,
@@ -49,7 +51,7 @@ MESSAGES = st.one_of(
         deadline_s=st.floats(0, 1e9),
     ),
     st.builds(protocol.Abandon, id=COUNTS),
-    st.builds(protocol.Check, id=COUNTS, folder=TEXTS, deep=st.booleans()),
+    st.builds(protocol.Verify, id=COUNTS, digest=TEXTS, folder=TEXTS, deep=st.booleans()),
     st.builds(protocol.Quit),
     st.builds(protocol.Welcome, release=TEXTS, size_bytes=COUNTS, huge=st.booleans(), pid=COUNTS),
     st.builds(protocol.Refused, id=COUNTS, reason=TEXTS, message=TEXTS, hint=TEXTS),
@@ -194,6 +196,20 @@ async def test_nonsense_ends_the_connection_and_leaves_no_descriptor_open(packet
         await one.ended.wait()
     assert os.read(read_fd, 1) == b""  # nobody has the other end any more
     os.close(read_fd)
+    theirs.close()
+
+
+@pytest.mark.parametrize(("values", "count"), [(None, 0), (None, 1), (None, 3), ({}, 2), ({"extents": 5}, 2)])
+async def test_a_grant_that_cannot_be_used_ends_the_connection(values: dict[str, Any] | None, count: int) -> None:
+    ours, theirs = pair()
+    client = StoreClient(ours, Recorder())
+    asking = asyncio.create_task(client.open(Wanted(digest="a", checkpoint="a", folder="/a")))
+    await asyncio.sleep(0)  # until it is asked
+    grant = protocol.grant_of(ENTRY, 4) if values is None else values
+    socket.send_fds(theirs, [encode(protocol.Granted(id=1, grant=grant))], [theirs.fileno()] * count)
+    with pytest.raises(Died):
+        async with asyncio.timeout(10):
+            await asking
     theirs.close()
 
 

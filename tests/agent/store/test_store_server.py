@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from agent.store.conftest import MIB, Feed, Made, content_of, copied_out
 from sllm.agent.store.protocol import Priority
 from sllm.core.grant import POOL_CHUNK_BYTES
 from sllm.errors import (
-    CapacityExceeded,
     ChunkCorrupt,
     DeadlineExceeded,
     ManifestCorrupt,
@@ -22,6 +22,8 @@ from sllm.errors import (
     ManifestMissing,
     PartitionMissing,
     PartitionTruncated,
+    SllmError,
+    Unavailable,
 )
 from sllm.loader.memory.table import EntryState
 
@@ -186,7 +188,7 @@ async def test_a_bad_chunk_reaches_all_who_wait_and_gives_the_memory_back(
         os.close(granted.lease_fd)
     await store.recorder.until(lambda: store.recorder.damages)
     damage = store.recorder.damages[0]
-    assert (damage.digest, damage.folder, damage.reason) == (made.digest, str(made.folder), ChunkCorrupt.reason)
+    assert (damage.digest, damage.folder, "chunk 2" in damage.message) == (made.digest, str(made.folder), True)
     await store.recorder.until(lambda: not store.entries)
 
 
@@ -238,11 +240,11 @@ async def test_a_full_pool_gives_up_what_nobody_uses_and_never_what_is_leased(
     assert content_of(granted) == third.data
 
 
-async def test_a_pool_that_is_all_leased_refuses_with_its_size(make_store: Make, make_checkpoint: Make) -> None:
+async def test_a_pool_that_is_all_leased_refuses_for_now(make_store: Make, make_checkpoint: Make) -> None:
     store = await make_store(chunks=1)
     lease = await store.load(make_checkpoint("first"))
     made = make_checkpoint()
-    with pytest.raises(CapacityExceeded, match=f"all {POOL_CHUNK_BYTES} bytes"):
+    with pytest.raises(Unavailable, match=f"all {POOL_CHUNK_BYTES} bytes"):
         await store.client.open(made.wanted())
     os.close(lease.lease_fd)
     assert content_of(await store.load(made)) == made.data
@@ -282,6 +284,18 @@ async def test_a_reader_of_a_ring_that_takes_nothing_holds_nobody_up(make_store:
     assert await copied_out(slow, feed) == large.data
 
 
+async def test_a_slow_disk_is_not_taken_for_a_slow_reader(make_store: Make, make_checkpoint: Make) -> None:
+    store, large, made = await make_store(chunks=2), make_checkpoint("large", 20 * MIB), make_checkpoint()
+    store.disk.hold(large)
+    slow = await store.client.open(large.wanted())
+    waiting = store.begin(made)
+    assert (await asyncio.wait([waiting], timeout=2.5))[1] == {waiting}  # longer than a reader is waited for
+    store.disk.free(large)
+    feed = Feed(slow)
+    assert await copied_out(slow, feed) == large.data
+    assert (await Feed(await waiting).all())[-1] == {"ready": 4}
+
+
 async def test_a_reader_of_a_ring_cannot_have_chunks_overwritten_that_never_came(
     make_store: Make, make_checkpoint: Make
 ) -> None:
@@ -293,15 +307,32 @@ async def test_a_reader_of_a_ring_cannot_have_chunks_overwritten_that_never_came
     assert await copied_out(granted, feed) == made.data
 
 
-async def test_what_is_forgotten_is_freed_unless_it_is_leased(make_store: Make, make_checkpoint: Make) -> None:
-    store, used, unused = await make_store(), make_checkpoint("used"), make_checkpoint("unused")
+async def test_what_is_forgotten_is_freed_and_whoever_has_it_keeps_it(make_store: Make, make_checkpoint: Make) -> None:
+    store = await make_store(chunks=2)
+    used, unused, large = make_checkpoint("used"), make_checkpoint("unused"), make_checkpoint("large", 12 * MIB)
     lease = await store.load(used)
     os.close((await store.load(unused)).lease_fd)
     store.client.forget(used.digest)
     store.client.forget(unused.digest)
-    await store.recorder.until(lambda: len(store.entries) == 1)
+    await store.recorder.until(lambda: not store.entries)
+    granted = await store.client.open(large.wanted())
+    assert granted.grant.is_ring  # for all but one chunk of the pool is leased
+    assert await copied_out(granted, Feed(granted)) == large.data
     assert content_of(lease) == used.data
-    assert [entry.digest for entry in store.entries] == [used.digest]
+
+
+async def test_what_is_forgotten_while_it_is_read_goes_when_it_is_there(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    granted = await store.client.open(made.wanted())
+    store.client.forget(made.digest)
+    await store.settled()
+    store.disk.free(made)
+    assert (await Feed(granted).all())[-1] == {"ready": 4}
+    await store.recorder.until(lambda: not store.entries)
+    assert content_of(granted) == made.data
 
 
 async def test_memory_of_a_failed_load_is_not_given_out_while_it_is_leased(
@@ -324,32 +355,165 @@ async def test_files_are_verified_while_nothing_is_loaded(make_store: Make, make
     running = await store.client.open(busy.wanted())
     await store.disk.until_read(busy)
     seen: list[tuple[int, int]] = []
-    check = asyncio.create_task(store.client.check(str(made.folder), lambda *done: seen.append(done), deep=True))
-    assert (await asyncio.wait([check], timeout=0.2))[1] == {check}
+    verifying = store.verify(made, lambda *done: seen.append(done), deep=True)
+    assert (await asyncio.wait([verifying], timeout=0.2))[1] == {verifying}
     assert seen == []
     store.disk.free(busy)
     await Feed(running).all()
-    await check
+    await verifying
     assert seen[-1] == (len(made.data), len(made.data))
 
 
-async def test_a_check_finds_what_is_damaged_and_can_be_called_off(make_store: Make, make_checkpoint: Make) -> None:
+async def test_verifying_finds_what_is_damaged(make_store: Make, make_checkpoint: Make) -> None:
     store, made, other = await make_store(), make_checkpoint(), make_checkpoint("other")
+    _damage(made)
+    with pytest.raises(ChunkCorrupt):
+        await store.verify(made)
+    await store.recorder.until(lambda: store.recorder.damages)
+    damage = store.recorder.damages[0]
+    assert (damage.digest, damage.folder, "chunk 1" in damage.message) == (made.digest, str(made.folder), True)
+    os.truncate(other.file, 5)
+    with pytest.raises(PartitionTruncated):
+        await store.verify(other)
+    with pytest.raises(ManifestMissing):
+        await store.verify(made, folder="/nowhere")
+    with pytest.raises(ManifestCorrupt):
+        await store.verify(made, folder=str(other.folder))  # another content has taken its place
+    await store.recorder.until(lambda: len(store.recorder.damages) == 4)
+    assert store.recorder.damages[3].digest == made.digest
+
+
+async def test_a_verification_that_rests_can_be_called_off_and_the_next_has_its_turn(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, damaged, intact, busy = (
+        await make_store(),
+        *(make_checkpoint(name) for name in ("damaged", "intact", "busy")),
+    )
+    _damage(damaged)
+    store.disk.hold(busy)
+    running = await store.client.open(busy.wanted())
+    await store.disk.until_read(busy)
+    called_off = store.verify(damaged)
+    await store.settled()
+    called_off.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await called_off
+    await store.settled()
+    store.disk.free(busy)
+    await Feed(running).all()
+    await store.verify(intact)
+    assert store.recorder.damages == []
+
+
+async def test_a_defect_in_verifying_is_an_answer_too(make_store: Make, make_checkpoint: Make) -> None:
+    store, made = await make_store(), make_checkpoint()
+    with pytest.raises(SllmError, match="the store process failed: ValueError"):
+        await store.verify(made, folder="\0")  # which no path can be
+    await store.verify(made)
+
+
+async def test_verifications_that_rest_hold_up_no_load_however_many(make_store: Make, make_checkpoint: Make) -> None:
+    store = await make_store()
+    busy, following, made = (make_checkpoint(name) for name in ("busy", "following", "made"))
+    store.disk.hold(busy)
+    running = await store.client.open(busy.wanted())
+    await store.disk.until_read(busy)
+    waiting = store.begin(following)
+    verifying = [store.verify(made) for _ in range(40)]
+    await store.settled()
+    store.disk.free(busy)
+    for granted in (running, await waiting):
+        assert (await Feed(granted).all())[-1] == {"ready": 4}
+    await asyncio.gather(*verifying)
+
+
+def _damage(made: Made) -> None:
     with made.file.open("r+b") as file:
         file.seek(MIB)
         file.write(b"other")
-    with pytest.raises(ChunkCorrupt):
-        await store.client.check(str(made.folder), lambda *done: None)
-    await store.recorder.until(lambda: store.recorder.damages)
-    assert store.recorder.damages[0].digest == made.digest
-    os.truncate(other.file, 5)
-    with pytest.raises(PartitionTruncated):
-        await store.client.check(str(other.folder), lambda *done: None)
-    with pytest.raises(ManifestMissing):
-        await store.client.check("/nowhere", lambda *done: None)
-    check = asyncio.create_task(store.client.check(str(made.folder), lambda *done: None))
-    await asyncio.sleep(0)
-    check.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await check
+
+
+class Gate:
+    """Inherited memory is intact, but only once the gate is open."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def __call__(self, *entry: object) -> bool:
+        return self.open.wait(30)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+async def test_what_was_inherited_gives_way_to_a_load_unless_somebody_waits_for_it(
+    make_store: Make, make_checkpoint: Make, gate: Gate
+) -> None:
+    before = await make_store(chunks=2)
+    first, second, third = (make_checkpoint(name) for name in ("first", "second", "third"))
+    for made in (first, second):
+        os.close((await before.load(made)).lease_fd)
+    await before.recorder.until(lambda: all(entry.state is EntryState.READY for entry in before.entries))
+    store = await make_store(before=before.store, is_intact=gate)
+    waiting = store.begin(second)
+    await store.settled()
+    assert content_of(await store.load(third)) == third.data
+    assert {entry.digest for entry in store.entries} == {second.digest, third.digest}
+    with pytest.raises(Unavailable, match="in use"):
+        await store.client.open(first.wanted())
+    gate.open.set()
+    assert content_of(await waiting) == second.data
+    assert store.disk.opens == ["third"]
+
+
+async def test_a_deadline_ends_the_wait_for_what_is_being_verified(
+    make_store: Make, make_checkpoint: Make, gate: Gate
+) -> None:
+    before, made = await make_store(), make_checkpoint()
+    os.close((await before.load(made)).lease_fd)
+    await before.recorder.until(lambda: before.entries[0].state is EntryState.READY)
+    store = await make_store(before=before.store, is_intact=gate)
+    with pytest.raises(DeadlineExceeded):
+        await store.client.open(made.wanted(deadline_s=0.1))
+    gate.open.set()
+    assert content_of(await store.load(made)) == made.data
+
+
+async def test_a_deadline_ends_the_wait_for_a_load_that_is_being_called_off(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    granted = await store.client.open(made.wanted())
+    await store.disk.until_read(made)
+    granted.close()
+    await store.settled()
+    with pytest.raises(DeadlineExceeded):
+        await store.client.open(made.wanted(deadline_s=0.1))
+    store.disk.free(made)
     await store.load(make_checkpoint("last"))
+    assert store.disk.opens == ["demo", "last"]
+
+
+async def test_who_leaves_while_a_load_is_being_called_off_begins_no_other(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    store.disk.hold(made)
+    granted = await store.client.open(made.wanted())
+    await store.disk.until_read(made)
+    granted.close()
+    await store.settled()
+    late = store.begin(made)
+    await store.settled()
+    late.cancel()
+    await asyncio.wait([late])
+    await store.settled()
+    store.disk.free(made)
+    await store.load(make_checkpoint("last"))
+    assert store.disk.opens == ["demo", "last"]
