@@ -25,7 +25,7 @@ def _nothing(first: int, end: int) -> None:
     """Stand for a callback that has nothing to do."""
 
 
-class Feed:
+class FeedReader:
     """Takes over `sock`. Nothing happens before `follow`.
 
     `arrive(first, end)` is called in the feed's thread when the chunks `first` to `end` are in the pool; it returns
@@ -37,8 +37,8 @@ class Feed:
         grant: Grant,
         sock: socket.socket,
         *,
-        arrive: Callable[[int, int], None],
-        settle: Callable[[int, int], None],
+        arrive: Callable[[int, int], None] = _nothing,
+        settle: Callable[[int, int], None] = _nothing,
     ) -> None:
         self._grant = grant
         self._sock = sock

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from sllm.core.grant import Grant
 from sllm.core.launch import Launch
-from sllm.engine.feed import Feed
-from sllm.errors import InvalidCheckpoint, ManifestMissing
-from sllm.loader import format as checkpoint_format
-from sllm.loader.format import MANIFEST, Manifest, Tensor
+from sllm.engine.feed import FeedReader
+from sllm.errors import InvalidCheckpoint
+from sllm.failpoints import failpoint
+from sllm.loader.folder import read_manifest
+from sllm.loader.format import Manifest, Tensor
 from sllm.loader.memory.space import Space, anonymous, map_extents, populate
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Weights:
     manifest: Manifest
     partition: int
     memory: Space | None
-    feed: Feed
+    feed: FeedReader
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -64,8 +65,8 @@ class Weights:
 def open_weights(launch: Launch, lease_fd: int, feed_fd: int) -> Weights:
     """Map the grant of a launch, and prepare to follow its feed. Takes over both descriptors.
 
-    The lease needs no descriptor: a mapping keeps its file open. Raises InvalidCheckpoint if the folder's manifest is
-    not that of the grant; OSError.
+    The lease needs no descriptor: a mapping keeps its file open. Raises what `read_manifest` raises, InvalidCheckpoint
+    if the folder's manifest is not that of the grant, OSError.
     """
     sock = socket.socket(fileno=feed_fd)
     try:
@@ -76,15 +77,13 @@ def open_weights(launch: Launch, lease_fd: int, feed_fd: int) -> Weights:
         raise
     finally:
         os.close(lease_fd)
+    failpoint("host-mapped")
     memory, feed = _followed(launch.grant, sock, mapped)
     return Weights(manifest=manifest, partition=launch.grant.partition, memory=memory, feed=feed)
 
 
 def _manifest(folder: Path, grant: Grant) -> Manifest:
-    try:
-        manifest = checkpoint_format.parse((folder / MANIFEST).read_bytes())
-    except OSError as error:
-        raise ManifestMissing(f"cannot read the manifest of {folder.name!r}: {error.strerror}") from error
+    manifest = read_manifest(folder)
     partition = manifest.partitions[grant.partition] if grant.partition < len(manifest.partitions) else None
     found = (manifest.digest, manifest.chunk_bytes, partition and partition.size_bytes)
     if found != (grant.digest, grant.chunk_bytes, grant.size_bytes):
@@ -92,7 +91,7 @@ def _manifest(folder: Path, grant: Grant) -> Manifest:
     return manifest
 
 
-def _followed(grant: Grant, sock: socket.socket, mapped: Space) -> tuple[Space, Feed]:
+def _followed(grant: Grant, sock: socket.socket, mapped: Space) -> tuple[Space, FeedReader]:
     if grant.is_ring:
         return _from_ring(grant, sock, mapped)
 
@@ -100,11 +99,7 @@ def _followed(grant: Grant, sock: socket.socket, mapped: Space) -> tuple[Space, 
         start = first * grant.chunk_bytes
         _present(mapped, start, min(end * grant.chunk_bytes, grant.size_bytes) - start)
 
-    return mapped, Feed(grant, sock, arrive=_nothing, settle=settle)
-
-
-def _nothing(first: int, end: int) -> None:
-    """What is in the pool is where it is used."""
+    return mapped, FeedReader(grant, sock, settle=settle)  # what is in the pool is where it is used
 
 
 def _present(memory: Space, offset: int, size_bytes: int) -> None:
@@ -115,7 +110,7 @@ def _present(memory: Space, offset: int, size_bytes: int) -> None:
         log.warning("weights are mapped page by page: %s", error.strerror)
 
 
-def _from_ring(grant: Grant, sock: socket.socket, ring: Space) -> tuple[Space, Feed]:
+def _from_ring(grant: Grant, sock: socket.socket, ring: Space) -> tuple[Space, FeedReader]:
     memory = anonymous(grant.size_bytes)
     # In a list, so that the ring's mapping (and the lease) goes with its last chunk.
     rings = [ring]
@@ -128,7 +123,7 @@ def _from_ring(grant: Grant, sock: socket.socket, ring: Space) -> tuple[Space, F
         if end == grant.chunks:
             rings.clear()
 
-    feed = Feed(grant, sock, arrive=arrive, settle=_nothing)
+    feed = FeedReader(grant, sock, arrive=arrive)
     return memory, feed
 
 

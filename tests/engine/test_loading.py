@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,14 @@ async def test_a_host_that_is_killed_while_it_loads_gives_its_lease_back(warm: M
     assert not pool.is_leased
     pool.feed.settimeout(10)
     assert pool.feed.recv(100) == b""  # nobody wants the load any more
+
+
+async def test_a_host_that_dies_as_it_maps_its_weights_gives_its_lease_back(warm: Make, make_launch: Make) -> None:
+    process, launch = warm(SLLM_FAILPOINT="host-mapped"), make_launch(ready=0)
+    pid = process.ask(launch)["pid"]
+    assert await process.exited(pid) == -signal.SIGKILL
+    assert not process.pools[launch.nonce].is_leased
+    assert not Path(launch.record_path).exists()
 
 
 async def test_a_host_that_has_copied_its_weights_gives_its_lease_back(warm: Make, make_launch: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -181,3 +182,15 @@ def test_a_manifest_that_is_not_that_of_the_grant_is_refused(
     gone: Launch = make_launch(weights_dir=str(tmp_path / "gone"))
     with pytest.raises(ManifestMissing):
         open_weights(gone, *make_pool(gone).give())
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("real.json")], ids=["pipe", "link"])
+def test_what_is_no_file_is_no_manifest_and_nobody_waits_for_it(
+    make_launch: Make, make_pool: Make, put: Callable[[Path], None]
+) -> None:
+    launch: Launch = make_launch()
+    manifest = Path(launch.weights_dir) / "manifest.json"
+    manifest.rename(manifest.with_name("real.json"))
+    put(manifest)
+    with pytest.raises(ManifestMissing):
+        open_weights(launch, *make_pool(launch).give())
