@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,23 @@ NEVER_READY = "import sys; print('No module named vllm', flush=True); sys.exit(1
 
 
 @pytest.fixture
-async def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[str], Any]]:
-    """Return a function that makes a WarmProcess of some code, with the Changes that it notifies."""
+async def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Any]]:
+    """Return a function that makes a WarmProcess of some code, with the Changes that it notifies. `failures` are
+    raised by the first attempts to run it, one each."""
     monkeypatch.setattr(warm_process, "BACKOFF_S", (0.01, 0.05))
     made: list[WarmProcess] = []
 
-    def make(code: str) -> tuple[WarmProcess, Changes]:
-        changes = Changes()
+    def make(code: str, failures: Sequence[Exception] = ()) -> tuple[WarmProcess, Changes]:
+        changes, left = Changes(), list(failures)
+
+        def command(fd: int) -> tuple[str, ...]:
+            if left:
+                raise left.pop(0)
+            return (sys.executable, "-c", code, str(fd))
+
         made.append(
             WarmProcess(
-                lambda fd: (sys.executable, "-c", code, str(fd)),
+                command,
                 tmp_path / "warm.log",
                 tmp_path,
                 Children(),
@@ -147,6 +154,16 @@ async def test_one_that_never_gets_ready_fails_the_start_that_waits_with_its_las
     for _ in range(2):  # it is tried again, and so may the start be
         with pytest.raises(EngineFailed, match="code 1: No module named vllm"):
             await fork(warm, launch)
+
+
+async def test_one_that_cannot_be_spawned_fails_the_start_that_waits_and_is_tried_again(
+    spawn: Callable[..., Any], launch: Launch
+) -> None:
+    warm, _ = spawn(REFUSES, failures=[OSError(12, "Cannot allocate memory")])
+    with pytest.raises(EngineFailed, match="Cannot allocate memory"):
+        await fork(warm, launch)
+    async with asyncio.timeout(10):
+        assert (await warm.ready()).engine == "stub"
 
 
 async def test_one_that_cannot_run_its_engine_says_why(spawn: Callable[[str], Any], launch: Launch) -> None:

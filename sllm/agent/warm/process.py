@@ -89,9 +89,18 @@ class WarmProcess:
     async def _supervise(self) -> None:
         backoff_s = BACKOFF_S[0]
         while True:
-            was_ready = await self._run_once()
+            was_ready = await self._attempt()
             backoff_s = BACKOFF_S[0] if was_ready else min(BACKOFF_S[1], backoff_s * 2)
             await asyncio.sleep(backoff_s)
+
+    async def _attempt(self) -> bool:
+        """As `_run_once`; what nobody expected, such as no memory for a process, passes like any other failure."""
+        try:
+            return await self._run_once()
+        except Exception as error:
+            log.exception("running the warm process failed")
+            self._give_up(EngineFailed(f"the warm process cannot be run: {type(error).__name__}: {error}"))
+            return False
 
     async def _run_once(self) -> bool:
         """Run one warm process to its end; return whether it ever was ready."""
@@ -122,8 +131,8 @@ class WarmProcess:
         self._about = about
         self._channel.set_result(channel)
         log.info("warm process %d is ready: %s %s, %.1f s", process.pid, about.engine, about.version, about.seconds)
-        self._on_change()
         try:
+            self._on_change()
             await channel.closed()
             log.error("the warm process ended: %s", self._why(await process.wait()).message)
         finally:
