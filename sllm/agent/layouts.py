@@ -7,18 +7,21 @@ is wrong with one, it is removed and the start begins again from the original.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sllm.agent.warm.base import Warm
 from sllm.agent.weights import Weights
 from sllm.core.device import Device
 from sllm.core.launch import WarmReady
 from sllm.core.replica import ReplicaSpec
-from sllm.core.runtime_layout import runtime_key
+from sllm.core.runtime_layout import runtime_key, will_be_saved
 from sllm.errors import SllmError
+from sllm.loader.folder import read_manifest
 from sllm.loader.runtime_layouts import RuntimeLayout
 from sllm.loader.store import SsdStore, StoredCheckpoint
 
@@ -61,9 +64,7 @@ class Layouts:
         if found is not None:
             execution_folder = self._store.folder(entry)
             return Chosen(stored=found, folder=found.folder, execution_folder=execution_folder)
-        if "quantization" in spec.engine_args:
-            return self.original(entry)
-        work = await asyncio.to_thread(self._store.runtime_work, key, entry.manifest.tensor_bytes)
+        work = await asyncio.to_thread(self._work, entry, spec, key)
         if work is None or str(work) in self._being_saved:
             return self.original(entry)
         self._being_saved.add(str(work))
@@ -78,15 +79,18 @@ class Layouts:
         """The engine host that was to save is gone."""
         self._being_saved.discard(chosen.save_to)
 
-    async def saved(self, spec: ReplicaSpec, devices: Sequence[Device]) -> None:
-        """Take in what an engine host has saved, and have it in memory for the next start."""
+    async def saved(self, folder: Path) -> None:
+        """Take in what an engine host has saved there, and have it in memory for the next start.
+
+        The key is the one that the host wrote: since it was forked, the agent and its warm process may have become
+        another version.
+        """
         try:
-            key = _key(spec, devices, await self._warm.ready())
-            layout = await asyncio.to_thread(self._store.adopt_runtime, key)
-        except SllmError as error:
-            log.warning("the runtime layout of %s is of no use: %s", spec.deployment, error)
+            layout = await asyncio.to_thread(self._adopted, folder)
+        except (SllmError, OSError) as error:
+            log.warning("the runtime layout in %s is of no use: %s", folder, error)
             return
-        log.info("runtime layout of %s: %d bytes", spec.deployment, layout.manifest.tensor_bytes)
+        log.info("runtime layout %s: %d bytes", folder.name, layout.manifest.tensor_bytes)
         self._weights.prefetch(layout)
 
     async def drop(self, chosen: Chosen, reason: SllmError) -> None:
@@ -94,6 +98,17 @@ class Layouts:
         if isinstance(chosen.stored, RuntimeLayout):
             log.warning("runtime layout %s is removed: %s", chosen.folder.name, reason)
             await asyncio.to_thread(self._store.drop_runtime, chosen.stored.manifest.key)
+
+    def _work(self, entry: StoredCheckpoint, spec: ReplicaSpec, key: Mapping[str, str]) -> Path | None:
+        """Return where a start saves its parameters, if it does. To ask the store is to make room: so that comes last.
+        Blocking."""
+        if not will_be_saved(_config(self._store.folder(entry)), spec.engine_args):
+            return None
+        return self._store.runtime_work(key, entry.manifest.tensor_bytes)
+
+    def _adopted(self, folder: Path) -> RuntimeLayout:
+        """Blocking."""
+        return self._store.adopt_runtime(read_manifest(folder).key)
 
 
 def _key(spec: ReplicaSpec, devices: Sequence[Device], about: WarmReady) -> dict[str, str]:
@@ -106,3 +121,12 @@ def _key(spec: ReplicaSpec, devices: Sequence[Device], about: WarmReady) -> dict
         world_size=len(devices),
         rank=0,
     )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json; an empty one if it cannot be read, which the engine host will tell."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 
 from sllm.agent.hosts import EngineHost
 from sllm.agent.launching import Launcher
@@ -24,6 +25,7 @@ from sllm.agent.transitions import (
 )
 from sllm.agent.weights import Weights
 from sllm.core.device import Device
+from sllm.core.launch import LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
 from sllm.errors import EngineFailed, InvalidCheckpoint, SllmError, StaleLayout, error_from
 from sllm.loader.store import StoredCheckpoint
@@ -67,7 +69,8 @@ class Replica:
         self._stop: asyncio.Task[None] | None = None
         self._detached = False
         self._from_runtime = False
-        self._adopting: asyncio.Task[None] | None = None
+        self._save_to = ""
+        self._taking_in: asyncio.Task[None] | None = None  # what the host has saved
 
     @property
     def status(self) -> ReplicaStatus:
@@ -82,9 +85,10 @@ class Replica:
         """Begin: get a grant of the weights, fork, let the host load and build."""
         self._begin(lambda: self._started(entry))
 
-    def adopt(self, host: EngineHost, nonce: str) -> None:
+    def adopt(self, host: EngineHost, record: LaunchRecord) -> None:
         """Begin with a host that lives already."""
-        self.nonce = nonce
+        self.nonce = record.nonce
+        self._save_to = record.save_runtime
         self._apply(PhaseBegan(phase=StartPhase.BUILDING))
         self._begin(lambda: self._served(host))
 
@@ -153,15 +157,18 @@ class Replica:
             await self._run(self._layouts.original(entry))
 
     async def _run(self, chosen: Chosen) -> None:
-        self._from_runtime = chosen.is_runtime
+        self._from_runtime, self._save_to = chosen.is_runtime, chosen.save_to
         try:
             await self._served(await self._forked(chosen))
         finally:
             self._layouts.given_up(chosen)
 
     async def _forked(self, chosen: Chosen) -> EngineHost:
-        """Return a host with a grant of its own, which lasts as long as the host does."""
-        async with self._weights.granted(chosen.stored) as granted:
+        """Return a host with a grant of its own, which lasts as long as the host does.
+
+        Raises DeadlineExceeded if the load's turn does not come within the limit of a start.
+        """
+        async with self._weights.granted(chosen.stored, deadline_s=self._limit_s) as granted:
             self._apply(PhaseBegan(phase=StartPhase.FORKING))
             try:
                 async with asyncio.timeout(self._limit_s):
@@ -215,8 +222,8 @@ class Replica:
                 raise error
 
     def _take_saved(self, status: HostStatus) -> None:
-        if status.runtime_saved and self._adopting is None:
-            self._adopting = asyncio.create_task(self._layouts.saved(self.spec, self._devices))
+        if status.runtime_saved and self._save_to and self._taking_in is None:
+            self._taking_in = asyncio.create_task(self._layouts.saved(Path(self._save_to)))
 
     @property
     def _limit_s(self) -> float:

@@ -156,7 +156,7 @@ class Replicas:
             return False
         log.info("engine host %d of %s is found again", record.pid, record.replica)
         host = self._launcher.reach(record, process)
-        self._new(record.spec, devices).adopt(host, record.nonce)
+        self._new(record.spec, devices).adopt(host, record)
         return True
 
     def _on_gone(self, replica: Replica) -> None:

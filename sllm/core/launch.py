@@ -66,7 +66,8 @@ class Launch:
 class LaunchRecord:
     """Written by an engine host once it listens; read by its agent, at once or after a restart of the agent.
 
-    `start_ticks` (field 22 of /proc/PID/stat) tells this process from a later one with the same pid.
+    `start_ticks` (field 22 of /proc/PID/stat) tells this process from a later one with the same pid. `save_runtime` is
+    as in its Launch.
     """
 
     replica: ReplicaId
@@ -75,6 +76,7 @@ class LaunchRecord:
     start_ticks: int
     address: str
     spec: ReplicaSpec
+    save_runtime: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

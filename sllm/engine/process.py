@@ -151,6 +151,7 @@ def _record(launch: Launch, address: str) -> None:
         start_ticks=ticks,
         address=address,
         spec=launch.spec,
+        save_runtime=launch.save_runtime,
     )
     path = Path(launch.record_path)
     unfinished = path.with_name(f".{path.name}.{pid}")

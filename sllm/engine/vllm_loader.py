@@ -93,11 +93,10 @@ def _expected() -> Offer:
 
 def _tensors(offered: Offer) -> Generator[tuple[str, Any], None, None]:
     """Yield (name, tensor) in load order, each once its bytes are there, telling the done share in bytes."""
-    from sllm.loader.views import bytes_of, tensors_on
+    from sllm.engine import vllm_runtime
 
     weights, tensors = offered.weights, offered.weights.tensors
-    assert weights.memory is not None, "nothing has released it"
-    views = tensors_on(bytes_of(weights.memory.buffer), tensors, (0,) * (weights.partition + 1))
+    views = vllm_runtime.views_on(vllm_runtime.memory_of(weights), weights)
     total = sum(tensor.size_bytes for tensor in tensors.values()) or 1
     done = 0
     for name, tensor in tensors.items():

@@ -9,24 +9,24 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from sllm.core.launch import Launch
-from sllm.core.runtime_layout import runtime_key
-from sllm.engine.vllm_setup import COMMON_ARCHITECTURES, installed_version
+from sllm.core.runtime_layout import is_saved, runtime_key
+from sllm.engine.vllm_setup import installed_version
 from sllm.engine.weights import Weights
 from sllm.errors import SllmError, StaleLayout
 from sllm.loader.format import LARGE_BYTES
 from sllm.loader.memory import cuda
+from sllm.loader.pipeline import copy_in_turn
 from sllm.loader.saving import save
 from sllm.loader.views import bytes_of, tensors_on
 
 log = logging.getLogger(__name__)
 
-_COPIES_UNDER_WAY = 4
 _LOWEST_PRIORITY = 19
 
 
@@ -55,17 +55,26 @@ def use(model: Any, weights: Weights, launch: Launch, device: torch.device) -> N
     own = parameters(model)
     _check_key(weights.manifest.key, key_of(launch))
     _check_fit(own, weights)
-    assert weights.memory is not None, "nothing has released it"
-    memory = bytes_of(weights.memory.buffer)
+    memory = memory_of(weights)
     if device.type == "cuda":
         for parameter in own.values():
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)  # room for what takes its place
         memory = _on_device(memory, weights, device)
     else:
         weights.wait_all()
-    starts = (0,) * (weights.partition + 1)
-    for name, view in tensors_on(memory, weights.tensors, starts).items():
+    for name, view in views_on(memory, weights).items():
         own[name].data = view
+
+
+def memory_of(weights: Weights) -> torch.Tensor:
+    """Return the partition as one tensor of bytes."""
+    assert weights.memory is not None, "nothing has released it"
+    return bytes_of(weights.memory.buffer)
+
+
+def views_on(memory: torch.Tensor, weights: Weights) -> dict[str, torch.Tensor]:
+    """Return the partition's tensors, in load order, as views on its bytes, wherever those are."""
+    return tensors_on(memory, weights.tensors, (0,) * (weights.partition + 1))
 
 
 def _check_key(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -95,37 +104,35 @@ def _described(parameter: Any) -> tuple[str, tuple[int, ...], tuple[int, ...] | 
 
 
 def _on_device(memory: torch.Tensor, weights: Weights, device: torch.device) -> torch.Tensor:
-    """Copy the partition to a GPU, each chunk when it has arrived. NOT YET RUN ON A GPU."""
+    """Copy the partition to a GPU, each chunk when it has arrived. NOT YET RUN ON A GPU.
+
+    Not from registered memory yet: registering a private mapping would make a copy of every page (`memory/cuda.py`), so
+    CUDA copies through buffers of its own, one chunk after the other.
+    """
     target = cuda.arena(weights.size_bytes, device)
     copier = cuda.CudaCopier(target, device)
-    source = memoryview(memory.numpy())
-    step = weights.manifest.chunk_bytes
     try:
-        for number, start in enumerate(range(0, weights.size_bytes, step)):
-            end = min(start + step, weights.size_bytes)
-            weights.feed.wait(end)
-            if number >= _COPIES_UNDER_WAY:
-                copier.end_oldest()
-            copier.begin(source[start:end], start)
-        for _ in range(min(_COPIES_UNDER_WAY, -(-weights.size_bytes // step))):
-            copier.end_oldest()
+        copy_in_turn(_arriving(memoryview(memory.numpy()), weights), copier)
     finally:
         copier.close()
     return target
+
+
+def _arriving(memory: memoryview, weights: Weights) -> Iterator[tuple[memoryview, int]]:
+    """Yield each chunk when it has arrived, and where it begins."""
+    step = weights.manifest.chunk_bytes
+    for start in range(0, weights.size_bytes, step):
+        end = min(start + step, weights.size_bytes)
+        weights.feed.wait(end)
+        yield memory[start:end], start
 
 
 # --- saving ---------------------------------------------------------------------------------
 
 
 def to_save(model: Any, launch: Launch, config: Any) -> dict[str, torch.Tensor] | None:
-    """Return the parameters to save, after loading and before vLLM processes them any further; None: do not.
-
-    Not of quantised models, whose loading makes more than parameters, nor of architectures that are not known to be
-    all in their parameters.
-    """
-    if not launch.save_runtime or config.quantization is not None:
-        return None
-    if not set(config.architectures) <= set(COMMON_ARCHITECTURES):
+    """Return the parameters to save, after loading and before vLLM processes them any further; None: do not."""
+    if not launch.save_runtime or not is_saved(config.architectures, quantised=config.quantization is not None):
         return None
     return {name: _as_loaded(parameter.detach()) for name, parameter in parameters(model).items()}
 

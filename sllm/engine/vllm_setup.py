@@ -11,6 +11,7 @@ import logging
 import os
 from typing import Any
 
+from sllm.core.runtime_layout import SAVED_ARCHITECTURES
 from sllm.core.vllm_versions import TESTED_VERSIONS
 from sllm.engine.base import EngineKind
 from sllm.errors import EngineFailed
@@ -55,20 +56,6 @@ _LAZY_CPU_MODULES = (
     "vllm.v1.attention.backends.cpu_attn",
 )
 
-# Architectures whose code is imported ahead; any other is imported when a host first needs it.
-COMMON_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Phi3ForCausalLM",
-    "OPTForCausalLM",
-    "GPT2LMHeadModel",
-)
-
 
 def warm() -> EngineKind:
     """Import vLLM, our adapter, and what both would import later.
@@ -93,7 +80,7 @@ def warm() -> EngineKind:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    for architecture in COMMON_ARCHITECTURES:
+    for architecture in SAVED_ARCHITECTURES:  # the common ones; any other is imported when a host first needs it
         import_architecture(architecture)
     from sllm.engine import vllm_args, vllm_engine
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -147,26 +147,45 @@ class Pipeline:
 
     def _copy_out(self, part: Part, reader: ChunkReader, copier: DeviceCopier) -> None:
         """Copy each chunk as it becomes ready, and let its slot go when the copy has ended."""
-        most = max(1, min(COPIES_UNDER_WAY, self._slots - 1))
-        begun = ended = 0
-        while ended < reader.chunks:
-            if begun < reader.chunks and begun - ended < most:
-                if not reader.wait_for(begun + 1):
-                    return  # it failed: `wait` says why
-                self._begin_copy(part, begun, copier)
-                begun += 1
-            else:
-                copier.end_oldest()
-                ended += 1
-                reader.taken(ended)
-                self._report(part, ended)
 
-    def _begin_copy(self, part: Part, chunk: int, copier: DeviceCopier) -> None:
-        offset = chunk * self._arrangement.chunk_bytes
-        length = min(self._arrangement.chunk_bytes, part.partition.size_bytes - offset)
-        copier.begin(self._place(part, chunk)[:length], part.start + offset)
+        def ended(chunks: int) -> None:
+            reader.taken(chunks)
+            self._report(part, chunks)
+
+        most = max(1, min(COPIES_UNDER_WAY, self._slots - 1))
+        copy_in_turn(self._arriving(part, reader), copier, most=most, ended=ended)
+
+    def _arriving(self, part: Part, reader: ChunkReader) -> Iterator[tuple[memoryview, int]]:
+        """Yield each chunk when it is ready, and where it goes; end early if the reader fails: its `wait` says why."""
+        for chunk in range(reader.chunks):
+            if not reader.wait_for(chunk + 1):
+                return
+            offset = chunk * self._arrangement.chunk_bytes
+            length = min(self._arrangement.chunk_bytes, part.partition.size_bytes - offset)
+            yield self._place(part, chunk)[:length], part.start + offset
 
     def _report(self, part: Part, chunks: int) -> None:
         if self._control.progress is not None:
             done = part.start + min(chunks * self._arrangement.chunk_bytes, part.partition.size_bytes)
             self._control.progress(done, self._arrangement.size_bytes)
+
+
+def copy_in_turn(
+    pieces: Iterable[tuple[memoryview, int]],
+    copier: DeviceCopier,
+    *,
+    most: int = COPIES_UNDER_WAY,
+    ended: Callable[[int], None] = lambda copies: None,
+) -> None:
+    """Copy pieces (bytes, and where they go) as they come, at most `most` at a time. `ended` gets, after each copy, how
+    many have ended. Raises what `copier` raises, which its owner then closes."""
+    begun = done = 0
+    for source, offset in pieces:
+        copier.begin(source, offset)
+        begun += 1
+        if begun - done == most:
+            copier.end_oldest()
+            ended(done := done + 1)
+    while done < begun:
+        copier.end_oldest()
+        ended(done := done + 1)

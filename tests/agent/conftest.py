@@ -157,17 +157,23 @@ class NodeInTest:
 
 @pytest.fixture
 async def make_node(tmp_path: Path) -> AsyncIterator[Callable[..., NodeInTest]]:
-    """Return a function that makes a node; keywords are fields of `[engine]`, and `devices`, `dram_bytes`."""
+    """Return a function that makes a node; keywords are fields of `[engine]`, and those named here."""
     made: list[NodeInTest] = []
 
     def make(
-        *, devices: int = 1, memory_bytes: int = 1 << 30, dram_bytes: int = 256 << 20, **engine: Any
+        *,
+        devices: int = 1,
+        memory_bytes: int = 1 << 30,
+        dram_bytes: int = 256 << 20,
+        ssd_bytes: int = 0,
+        **engine: Any,
     ) -> NodeInTest:
         values = {
             "name": "node-1",
             "controller": "127.0.0.1:1",
             "state_dir": str(tmp_path / "state"),
             "engine": {"kind": "fake", **engine},
+            "store": {"ssd_bytes": ssd_bytes},
         }
         config = configs.check(values, AgentConfig, origin="test")
         warm, source, changes, reading = FakeWarm(), FakeDevices(devices, memory_bytes), Changes(), Reading()

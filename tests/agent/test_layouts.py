@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,31 +17,36 @@ from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.launch import WarmReady
 from sllm.core.replica import ReplicaState
 from sllm.core.runtime_layout import runtime_key
+from sllm.loader.folder import read_manifest
 from sllm.loader.format import PAGE_BYTES, Tensor
+from sllm.loader.store import SsdStore
 from sllm.loader.writing import CheckpointWriter
 
 MakeSpec = Callable[..., Any]
 SECOND = ReplicaId("rep-2")
 
 
+def saving(node: Any) -> Any:
+    """Return the node, with an engine that can save its parameters."""
+    node.warm.about = WarmReady(engine="vllm", version="1", seconds=0.0)
+    return node
+
+
 @pytest.fixture
 async def node(make_node: Callable[..., Any]) -> Any:
-    """A node whose engine can save its parameters."""
-    made = make_node(devices=2)
-    made.warm.about = WarmReady(engine="vllm", version="1", seconds=0.0)
-    return made
+    return saving(make_node(devices=2))
 
 
-def write_layout(host: Any, **changes: str) -> None:
+def write_layout(host: Any, size_bytes: int = PAGE_BYTES, **changes: str) -> None:
     """Write what an engine host saves; `changes` falsify its key."""
     launch = host.launch
     key = runtime_key(
         launch.spec, engine="vllm", version="1", device_kind=launch.device_kind, world_size=1, rank=launch.rank
     )
-    with CheckpointWriter(Path(launch.save_runtime), [PAGE_BYTES]) as writer:
+    with CheckpointWriter(Path(launch.save_runtime), [size_bytes]) as writer:
         with writer.partition() as partition:
-            partition.write(bytes(PAGE_BYTES))
-        tensors = {"fused": Tensor(0, 0, PAGE_BYTES, "uint8", (PAGE_BYTES,), (1,))}
+            partition.write(bytes(size_bytes))
+        tensors = {"fused": Tensor(0, 0, size_bytes, "uint8", (size_bytes,), (1,))}
         writer.commit(tensors, layout="runtime", key={**key, **changes})
 
 
@@ -47,10 +57,10 @@ async def start(node: Any, spec: Any) -> Any:
     return await node.until_host(count)
 
 
-async def start_and_save(node: Any, spec: Any) -> Any:
+async def start_and_save(node: Any, spec: Any, size_bytes: int = PAGE_BYTES) -> Any:
     host = await start(node, spec)
     host.become_ready()
-    write_layout(host)
+    write_layout(host, size_bytes)
     host.say(runtime_saved=True)
     await node.until(node.local.store.runtimes)
     await node.until(lambda: len(node.reading.opened) == 2)  # it is read into memory for the next start
@@ -99,6 +109,27 @@ async def test_a_quantised_deployment_saves_nothing(node: Any, make_spec: MakeSp
     assert host.launch.save_runtime == ""
 
 
+CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 128, "vocab_size": 100}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{**CONFIG, "architectures": ["OddForCausalLM"]}, {**CONFIG, "quantization_config": {"quant_method": "fp8"}}],
+    ids=["unknown-architecture", "quantised"],
+)
+async def test_a_start_that_will_save_nothing_takes_no_room_from_what_others_saved(
+    make_node: Callable[..., Any], make_spec: MakeSpec, make_model: Callable[..., Path], config: dict[str, Any]
+) -> None:
+    layout_bytes, slack_bytes = 4 << 20, 64 << 10
+    node = saving(make_node(devices=2, ssd_bytes=3 * (4 << 20) + slack_bytes))
+    await start_and_save(node, make_spec(await node.add(make_model("known"), "known")), layout_bytes)
+    model = make_model("odd")
+    (model / "config.json").write_text(json.dumps(config))
+    host = await start(node, second(make_spec, await node.add(model, "odd")))
+    assert host.launch.save_runtime == ""
+    assert len(node.local.store.runtimes()) == 1
+
+
 async def test_an_engine_that_cannot_save_is_not_asked_to(node: Any, make_spec: MakeSpec, model: Path) -> None:
     node.warm.about = WarmReady(engine="fake", version="1", seconds=0.0)
     assert (await start(node, make_spec(await node.add(model)))).launch.save_runtime == ""
@@ -145,3 +176,39 @@ async def test_what_was_saved_for_something_else_is_not_taken_in(
     next_host = await start(node, second(make_spec, digest))
     assert next_host.launch.grant.digest == digest
     assert node.local.store.runtimes() == ()
+    assert SsdStore(node.local.store.root).runtimes() == ()  # nor by the next agent
+    assert not Path(host.launch.save_runtime).exists()
+
+
+async def test_what_was_saved_is_taken_in_though_the_warm_process_is_another_version_by_then(
+    node: Any, make_spec: MakeSpec, model: Path
+) -> None:
+    host = await start(node, make_spec(await node.add(model)))
+    host.become_ready()
+    node.warm.about = None  # and not ready, which is nothing to wait for
+    write_layout(host)
+    host.say(runtime_saved=True)
+    await node.until(node.local.store.runtimes)
+    assert str(node.local.store.runtimes()[0].folder) == host.launch.save_runtime
+
+
+ADOPT = """
+import json, sys
+from pathlib import Path
+from sllm.loader.store import SsdStore
+SsdStore(Path(sys.argv[1])).adopt_runtime(json.loads(sys.argv[2]))
+"""
+
+
+async def test_an_agent_that_dies_as_it_takes_a_layout_in_has_it_after_a_restart(
+    node: Any, make_spec: MakeSpec, model: Path
+) -> None:
+    host = await start(node, make_spec(await node.add(model)))
+    write_layout(host)
+    folder, root = Path(host.launch.save_runtime), node.local.store.root
+    dying = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", ADOPT, root, json.dumps(dict(read_manifest(folder).key))),
+        env={**os.environ, "SLLM_FAILPOINT": "adopt-runtime"},
+    )
+    assert await dying.wait() == -signal.SIGKILL
+    assert [layout.folder for layout in SsdStore(root).runtimes()] == [folder]

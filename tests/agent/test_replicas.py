@@ -237,6 +237,19 @@ async def test_a_start_that_waits_for_its_turn_is_queued_and_can_be_called_off(
     assert len(node.warm.hosts) == 1
 
 
+async def test_a_start_does_not_wait_for_its_turn_beyond_its_limit(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
+) -> None:
+    node = make_node(start_timeout_s=0.2)
+    first, second = [await node.add(make_model(name, (4 << 20) + n), name) for n, name in enumerate(["a", "b"])]
+    node.reading.hold()
+    async with node.local.weights.granted(node.local.store.with_digest(first)):
+        node.local.replicas.start(make_spec(second))
+        await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
+    assert node.status().error_reason == "DEADLINE_EXCEEDED"
+    assert node.warm.hosts == []
+
+
 async def test_commands_are_fenced_and_may_be_repeated(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
     node = make_node(devices=2)
     digest = await node.add(model)

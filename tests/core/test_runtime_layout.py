@@ -10,7 +10,7 @@ import pytest
 from sllm.core.device import DeviceKind
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId
 from sllm.core.replica import ReplicaSpec
-from sllm.core.runtime_layout import runtime_key
+from sllm.core.runtime_layout import is_saved, runtime_key, will_be_saved
 
 SPEC = ReplicaSpec(
     id=ReplicaId("rep-1"),
@@ -65,3 +65,44 @@ def test_replicas_revisions_and_sizes_of_batches_share_one() -> None:
 
 def test_agent_and_engine_host_say_a_device_kind_in_the_same_way() -> None:
     assert key(device_kind="cpu") == key(device_kind=DeviceKind.CPU)
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "quantised", "saved"),
+    [
+        (["LlamaForCausalLM"], False, True),
+        (["LlamaForCausalLM"], True, False),
+        (["LlamaForCausalLM", "OddForCausalLM"], False, False),
+        ([], False, False),
+    ],
+)
+def test_what_is_known_to_be_all_in_its_parameters_is_saved(
+    architectures: list[str], quantised: bool, saved: bool
+) -> None:
+    assert is_saved(architectures, quantised=quantised) is saved
+
+
+@pytest.mark.parametrize(
+    ("config", "engine_args", "saved"),
+    [
+        (LLAMA, {}, True),
+        (LLAMA, {"dtype": "float32", "hf_overrides": '{"rope_theta": 1e6}'}, True),
+        ({**LLAMA, "quantization_config": None}, {}, True),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, {}, False),
+        ({**LLAMA, "compression_config": {"format": "x"}}, {}, False),
+        (LLAMA, {"quantization": "fp8"}, False),
+        (LLAMA, {"hf_overrides": '{"architectures": ["OddForCausalLM"]}'}, False),
+        ({"architectures": ["OddForCausalLM"]}, {"hf_overrides": '{"architectures": ["LlamaForCausalLM"]}'}, True),
+        (LLAMA, {"hf_overrides": "no JSON"}, True),
+        ({}, {}, False),
+        ({"architectures": "LlamaForCausalLM"}, {}, False),
+        ({"architectures": [1]}, {}, False),
+    ],
+)
+def test_a_start_is_known_to_save_from_what_configures_it(
+    config: dict[str, Any], engine_args: dict[str, str], saved: bool
+) -> None:
+    assert will_be_saved(config, engine_args) is saved

@@ -145,6 +145,19 @@ async def test_an_engine_uses_saved_parameters_where_they_lie(
     assert pool_kib(first.pid) == {}  # it copied them, and let go
 
 
+async def test_a_host_that_dies_as_it_saves_leaves_no_layout(
+    warm: Make, make_launch: Make, tiny_weights: Path, tmp_path: Path
+) -> None:
+    process, folder = warm("vllm", SLLM_FAILPOINT="write-manifest"), tmp_path / "saved"
+    launch = make_launch(
+        weights=tiny_weights, execution_dir=str(tiny_weights), engine_args=FLOAT32, save_runtime=str(folder)
+    )
+    pid = process.ask(launch)["pid"]
+    assert await process.exited(pid) == -signal.SIGKILL
+    assert not folder.exists()
+    assert not process.pools[launch.nonce].is_leased
+
+
 async def test_another_dtype_is_another_layout(fork: Make, layout: tuple[Path, Forked]) -> None:
     host = await fork(layout[0], engine_args={"dtype": "bfloat16"})
     status = await host.settled()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sllm.core.engine_args import ENGINE_ARGS, Taker
+from sllm.core.runtime_layout import SAVED_ARCHITECTURES
 
 pytestmark = pytest.mark.vllm
 
@@ -80,9 +81,9 @@ def test_every_module_that_is_imported_ahead_exists(vllm: SimpleNamespace) -> No
         importlib.import_module(module)
 
 
-def test_every_common_architecture_is_known(vllm: SimpleNamespace) -> None:
+def test_every_architecture_that_is_saved_is_known(vllm: SimpleNamespace) -> None:
     registry = importlib.import_module("vllm.model_executor.models").ModelRegistry
-    assert set(vllm.setup.COMMON_ARCHITECTURES) <= set(registry.get_supported_archs())
+    assert set(SAVED_ARCHITECTURES) <= set(registry.get_supported_archs())
 
 
 def test_the_installed_version_is_a_tested_one(vllm: SimpleNamespace) -> None:

@@ -152,6 +152,7 @@ class FakeWarm:
             start_ticks=0,
             address=address,
             spec=host.launch.spec,
+            save_runtime=host.launch.save_runtime,
         )
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(record.to_json(), encoding="utf-8")
