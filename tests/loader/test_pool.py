@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from sllm.errors import CapacityExceeded, Conflict
-from sllm.loader.memory.pool import Allocation, FreeList, Pool, fresh
+from sllm.loader.memory.pool import Allocation, Pool, fresh
 
 PAGE = 4096
 
@@ -151,20 +151,6 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
-
-
-def test_the_smallest_fitting_piece_is_taken_and_neighbours_merge() -> None:
-    free = FreeList(100)
-    taken = [free.take(size) for size in (10, 20, 30)]
-    assert taken == [0, 10, 30]
-    free.give(0, 10)
-    assert free.take(10) == 0
-    free.give(10, 20)
-    free.give(30, 30)
-    assert free.largest_bytes == 90
-    assert free.take(91) is None
-    free.give(0, 10)
-    assert free.largest_bytes == free.free_bytes == 100
 
 
 def resident_bytes() -> int:

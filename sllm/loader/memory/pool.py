@@ -14,43 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
+from sllm.core.grant import Extent
 from sllm.errors import CapacityExceeded, Conflict
 from sllm.loader.format import PAGE_BYTES, round_up
 from sllm.loader.memory import space
+from sllm.loader.memory.extents import FreeSpace
 from sllm.loader.memory.space import Buffer, Space
-
-
-class FreeList:
-    """Which bytes of a range are free: extents (offset, size), in order, never touching each other. No lock."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self._extents = [(0, size_bytes)] if size_bytes else []
-
-    @property
-    def free_bytes(self) -> int:
-        return sum(size for _, size in self._extents)
-
-    @property
-    def largest_bytes(self) -> int:
-        return max((size for _, size in self._extents), default=0)
-
-    def take(self, size_bytes: int) -> int | None:
-        """Take bytes from the smallest extent that has them (so that large ones stay whole); None if none has."""
-        fitting = [(size, offset) for offset, size in self._extents if size >= size_bytes]
-        if not fitting:
-            return None
-        size, offset = min(fitting)
-        number = self._extents.index((offset, size))
-        self._extents[number : number + 1] = [(offset + size_bytes, size - size_bytes)] if size > size_bytes else []
-        return offset
-
-    def give(self, offset: int, size_bytes: int) -> None:
-        merged: list[tuple[int, int]] = []
-        for start, size in sorted([*self._extents, (offset, size_bytes)]):
-            if merged and sum(merged[-1]) == start:
-                start, size = merged[-1][0], merged.pop()[1] + size
-            merged.append((start, size))
-        self._extents = merged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +46,12 @@ class Pool:
         self.size_bytes = round_up(size_bytes, PAGE_BYTES)
         self._space: Space | None = new_memory(self.size_bytes, present=True)
         self.unlocked_because = _lock(self._space)
-        self._free = FreeList(self.size_bytes)
+        whole = [Extent(0, self.size_bytes)] if self.size_bytes else []
+        self._free = FreeSpace(whole, PAGE_BYTES)
         self._guard = threading.Lock()
         # Given back by finalizers, which may run in the middle of anything, this pool's own methods too: a deque needs
         # no lock for `append`.
-        self._returned: deque[tuple[int, int]] = deque()
+        self._returned: deque[Extent] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +67,7 @@ class Pool:
         """What tensors that still live hold, in whole pages."""
         with self._guard:
             self._collect()
-            return self.size_bytes - self._free.free_bytes
+            return self.size_bytes - self._free.size_bytes
 
     @property
     def largest_bytes(self) -> int:
@@ -123,12 +93,12 @@ class Pool:
             return Allocation(buffer=(ctypes.c_ubyte * 0)(), release=lambda: None)
         with self._guard:
             self._collect()
-            offset = self._free.take(length)
-            if offset is None:
+            piece = self._free.take_piece(length)
+            if piece is None:
                 raise self._exhausted(length)
-        buffer = (ctypes.c_ubyte * size_bytes).from_address(memory.address + offset)
-        # The finalizer has the range too: memory of a closed pool stays while somebody uses it.
-        give_back = weakref.finalize(buffer, _give_back, self._returned, offset, length, memory)
+        buffer = (ctypes.c_ubyte * size_bytes).from_address(memory.address + piece.offset)
+        # The finalizer has the memory too: memory of a closed pool stays while somebody uses it.
+        give_back = weakref.finalize(buffer, _give_back, self._returned, piece, memory)
         give_back.atexit = False
         return Allocation(buffer=buffer, release=give_back)
 
@@ -138,10 +108,10 @@ class Pool:
 
     def _collect(self) -> None:
         while self._returned:
-            self._free.give(*self._returned.popleft())
+            self._free.give_back(self._returned.popleft())
 
     def _exhausted(self, wanted: int) -> CapacityExceeded:
-        free, largest = self._free.free_bytes, self._free.largest_bytes
+        free, largest = self._free.size_bytes, self._free.largest_bytes
         return CapacityExceeded(
             f"{wanted} bytes are needed; of the pool's {self.size_bytes}, {free} are free, {largest} in one piece",
             hint="let go of tensors loaded before, make a larger Pool, or load without one",
@@ -167,8 +137,8 @@ def new_memory(size_bytes: int, *, present: bool = False) -> Space:
     return memory
 
 
-def _give_back(returned: deque[tuple[int, int]], offset: int, length: int, memory: Space) -> None:
-    returned.append((offset, length))
+def _give_back(returned: deque[Extent], piece: Extent, memory: Space) -> None:
+    returned.append(piece)
 
 
 def _lock(memory: Space) -> str:
