@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from sllm.errors import InvalidCheckpoint
 from sllm.loader.format import ModelFacts
 from sllm.loader.safetensors import StoredTensor
+from sllm.loader.untrusted import json_object
 
 CONFIG = "config.json"
 DEFAULT_MAX_MODEL_LEN = 2048
@@ -27,7 +27,7 @@ _LENGTH_KEYS = (
 
 def model_facts(config: bytes) -> ModelFacts:
     """Read config.json. Raises InvalidCheckpoint."""
-    values = _json_object(config, CONFIG)
+    values = json_object(config, CONFIG, unique=False)
     architectures = values.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise InvalidCheckpoint(f"{CONFIG} names no architecture", hint="is this a Hugging Face model folder?")
@@ -46,7 +46,7 @@ def _max_model_len(values: dict[str, Any]) -> int:
 
 def shards_in_index(index: bytes, name: str) -> dict[str, str]:
     """Return tensor -> shard from `model.safetensors.index.json`. Raises InvalidCheckpoint."""
-    weight_map = _json_object(index, name).get("weight_map")
+    weight_map = json_object(index, name, unique=False).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpoint(f"{name} has no weight_map")
     for tensor, shard in weight_map.items():
@@ -72,13 +72,3 @@ def check_tensors_present(weight_map: Mapping[str, str], tensors: Collection[Sto
     for name, shard in weight_map.items():
         if found.get(name) != shard:
             raise InvalidCheckpoint(f"the index says that {shard} holds tensor {name!r}, but it does not")
-
-
-def _json_object(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{name} is not JSON") from error
-    if not isinstance(values, dict):
-        raise InvalidCheckpoint(f"{name} is not a JSON object")
-    return values

@@ -1,7 +1,7 @@
 """The checkpoint format: manifest bytes <-> checked values. Pure; every byte of the input is distrusted.
 
-The format is specified in docs/checkpoint-format.md; paper.md 1 ("loading-optimised checkpoint") is its source. A
-checkpoint is a folder with `manifest.json`, one `partition-NNN.bin` per device rank, and the model's execution files.
+The format is specified in docs/checkpoint-format.md. A checkpoint is a folder with `manifest.json`, one
+`partition-NNN.bin` per device rank, and the model's execution files.
 The manifest's first line is a header; its digest is the sha256 of all bytes after that line, so that it names the
 content and finds every flipped bit of the index in one pass.
 """
@@ -18,16 +18,18 @@ from functools import partial
 from operator import add, mod
 from typing import Any, NamedTuple
 
+from sllm.core.runtime_layout import CHECKPOINT, ENGINE, ENGINE_VERSION
 from sllm.errors import (
     FormatTooNew,
-    InvalidCheckpoint,
     ManifestCorrupt,
     ManifestMalformed,
     TensorMisdescribed,
     TensorMisplaced,
     UnknownDtype,
+    UnsupportedCheckpoint,
 )
 from sllm.loader.dtypes import ITEM_BYTES
+from sllm.loader.untrusted import json_object
 
 MANIFEST = "manifest.json"
 FORMAT = "sllm-checkpoint"
@@ -187,8 +189,8 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_file_name(name: str) -> bool:
-    """True if an execution file may have this name: a plain one, which can lead nowhere, and is not ours."""
-    plain = name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    """True if an execution file may have this name: a plain one, not hidden, which leads nowhere and is not ours."""
+    plain = name != "" and name.isprintable() and "/" not in name and not name.startswith(".")
     return plain and name != MANIFEST and not _PARTITION.fullmatch(name)
 
 
@@ -196,7 +198,10 @@ def is_file_name(name: str) -> bool:
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Return the manifest as it is stored; equal content gives equal bytes after the first line."""
+    """Return the manifest as it is stored; equal content gives equal bytes after the first line.
+
+    Raises UnsupportedCheckpoint if it would be longer than any reader takes.
+    """
     body = _body(manifest)
     header = {
         "format": FORMAT,
@@ -205,12 +210,13 @@ def to_bytes(manifest: Manifest) -> bytes:
         "created_at": manifest.created_at,
         "source": manifest.source,
     }
-    return _dumps(header)[:-1] + b",\n" + body
-
-
-def digest_of(manifest: Manifest) -> str:
-    """Return the name of a manifest's content."""
-    return _digest(_body(manifest))
+    data = _dumps(header)[:-1] + b",\n" + body
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise UnsupportedCheckpoint(
+            f"the manifest would have {len(data)} bytes, more than {MAX_MANIFEST_BYTES}",
+            hint="save fewer tensors in one checkpoint, or under shorter names",
+        )
+    return data
 
 
 def _body(manifest: Manifest) -> bytes:
@@ -264,11 +270,11 @@ def parse(data: bytes) -> Manifest:
     first, found, body = data.partition(b"\n")
     if not found or not first.endswith(b","):
         raise ManifestMalformed("the manifest's first line is not a header")
-    header = _object(first[:-1] + b"}", "header")
+    header = json_object(first[:-1] + b"}", "the manifest's header", wrong=ManifestMalformed)
     _check_header(header)
     if header["digest"] != _digest(body):
         raise ManifestCorrupt("the manifest is not what was written: its digest does not match")
-    values = _object(b"{" + body, "manifest")
+    values = json_object(b"{" + body, "the manifest", wrong=ManifestMalformed)
     if values.keys() != _BODY_KEYS:
         odd = sorted(values.keys() ^ _BODY_KEYS)[0]
         raise ManifestMalformed(f"the manifest lacks, or must not have, {odd[:40]!r}")
@@ -425,29 +431,13 @@ def _file(row: Any) -> StoredFile:
     )
 
 
-def _object(data: bytes, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ManifestMalformed(f"the {what} has a name twice")
-        return values
-
-    try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except InvalidCheckpoint:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ManifestMalformed(f"the {what} is not JSON") from error
-    if not isinstance(values, dict):
-        raise ManifestMalformed(f"the {what} is not a JSON object")
-    return values
-
-
 def _key(value: Any, layout: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
         raise ManifestMalformed("key must map names to texts")
     if bool(value) != (layout == "runtime"):
         raise ManifestMalformed(f"a checkpoint of layout {layout} must {'not ' if value else ''}have a key")
+    if value and not value.keys() >= {CHECKPOINT, ENGINE, ENGINE_VERSION}:
+        raise ManifestMalformed(f"the key of a runtime layout must have {CHECKPOINT}, {ENGINE} and {ENGINE_VERSION}")
     return value
 
 

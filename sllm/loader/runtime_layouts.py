@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sllm.core.runtime_layout import CHECKPOINT, ENGINE, ENGINE_VERSION
 from sllm.errors import SllmError, StaleLayout
 from sllm.failpoints import failpoint
 from sllm.loader.folder import check_sizes, read_manifest
@@ -23,12 +24,6 @@ from sllm.loader.format import Manifest
 from sllm.loader.work_folder import remove_leftovers, remove_tree, temporary_name
 
 log = logging.getLogger(__name__)
-
-# What every key says; the engine adds whatever else its parameters depend on. Once a checkpoint is asked for with
-# another version of its engine, the layouts of the version before are of no use to anybody.
-CHECKPOINT = "checkpoint"  # the digest
-ENGINE = "engine"
-ENGINE_VERSION = "engine_version"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +133,7 @@ class RuntimeLayouts:
 
 
 def _outgrown(key: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """True if it is of another version of the engine that is asked for: of no use to anybody any more."""
     same = all(key.get(name) == wanted.get(name) for name in (CHECKPOINT, ENGINE))
     return same and key.get(ENGINE_VERSION) != wanted.get(ENGINE_VERSION)
 

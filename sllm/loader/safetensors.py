@@ -6,13 +6,13 @@ from the end of the header; tensors must cover the data exactly: no hole, no ove
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from sllm.errors import InvalidCheckpoint, UnknownDtype, UnsupportedCheckpoint
 from sllm.loader.dtypes import ITEM_BYTES
+from sllm.loader.untrusted import json_object
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # as the format's own reader
@@ -81,7 +81,7 @@ def header_bytes(prefix: bytes, file_bytes: int, shard: str) -> int:
 def parse(header: bytes, file_bytes: int, shard: str) -> tuple[StoredTensor, ...]:
     """Return the tensors of a file in the order of their data. Raises InvalidCheckpoint, UnsupportedCheckpoint."""
     base = LENGTH_BYTES + len(header)
-    entries = _load_json(header, shard)
+    entries = json_object(header, f"{shard}: its header")
     _check_metadata(entries.pop("__metadata__", {}), shard)
     tensors = sorted(
         (_tensor(name, entry, base, shard) for name, entry in entries.items()),
@@ -89,22 +89,6 @@ def parse(header: bytes, file_bytes: int, shard: str) -> tuple[StoredTensor, ...
     )
     _check_cover(tensors, base, file_bytes, shard)
     return tuple(tensors)
-
-
-def _load_json(header: bytes, shard: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise InvalidCheckpoint(f"{shard}: a name appears twice in its header")
-        return values
-
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{shard} is not safetensors: its header is not JSON") from error
-    if not isinstance(entries, dict):
-        raise InvalidCheckpoint(f"{shard}: its header is not a JSON object")
-    return entries
 
 
 def _check_metadata(metadata: Any, shard: str) -> None:

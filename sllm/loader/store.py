@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.ids import CheckpointName, checkpoint_name
+from sllm.core.runtime_layout import CHECKPOINT
 from sllm.errors import (
     CapacityExceeded,
     Conflict,
@@ -30,7 +31,7 @@ from sllm.errors import (
 from sllm.loader.conversion import convert_examined, converted_bytes
 from sllm.loader.folder import cannot_read, check_sizes, open_regular, read_manifest
 from sllm.loader.format import Manifest, StoredFile
-from sllm.loader.runtime_layouts import CHECKPOINT, RuntimeLayout, RuntimeLayouts
+from sllm.loader.runtime_layouts import RuntimeLayout, RuntimeLayouts
 from sllm.loader.source import Source
 from sllm.loader.work_folder import flush_folder, remove_leftovers, remove_tree, temporary_name
 from sllm.loader.writing import Progress

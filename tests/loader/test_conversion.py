@@ -246,7 +246,8 @@ def test_a_manifest_that_says_the_same_in_other_words_is_refused_as_a_source(che
 
 
 def test_an_engines_own_layout_is_no_source(tmp_path: Path) -> None:
-    save({"w": torch.ones(3)}, tmp_path / "c", layout="runtime", key={"engine": "x"})
+    key = {"checkpoint": "sha256:0", "engine": "x", "engine_version": "1"}
+    save({"w": torch.ones(3)}, tmp_path / "c", layout="runtime", key=key)
     with pytest.raises(UnsupportedCheckpoint, match="engine's own"):
         convert(tmp_path / "c", tmp_path / "copy")
 

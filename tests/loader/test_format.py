@@ -17,6 +17,7 @@ from sllm.errors import InvalidCheckpoint, SllmError, UnsupportedCheckpoint
 from sllm.loader.dtypes import ITEM_BYTES
 from sllm.loader.format import (
     LARGE_BYTES,
+    MAX_MANIFEST_BYTES,
     PACKED_BYTES,
     PAGE_BYTES,
     Manifest,
@@ -33,6 +34,7 @@ from sllm.loader.format import (
 )
 
 Body = dict[str, Any]
+KEY = {"checkpoint": "sha256:0", "engine": "vllm", "engine_version": "1"}  # the least that a runtime layout says
 
 
 def manifest_of(tensors: dict[str, Tensor], partitions: int = 1, pages: int = 4, **changes: Any) -> Manifest:
@@ -108,7 +110,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tensors,
         partitions=2,
         layout="runtime" if runtime else "hf",
-        key=draw(st.dictionaries(st.text(), st.text(), min_size=1)) if runtime else {},
+        key={**draw(st.dictionaries(st.text(), st.text())), **KEY} if runtime else {},
         source=draw(st.text()),
         created_at=draw(st.floats(0, 1e12)),
     )
@@ -128,6 +130,15 @@ def test_the_digest_names_the_content_and_nothing_else() -> None:
     assert parse(to_bytes(replace(SAMPLE, model=None))).digest != digest
     reordered = dict(reversed(SAMPLE.tensors.items()))
     assert parse(to_bytes(replace(SAMPLE, tensors=reordered))).digest != digest
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written() -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=f"more than {MAX_MANIFEST_BYTES}"):
+        to_bytes(replace(SAMPLE, source="x" * MAX_MANIFEST_BYTES))
+
+
+def test_what_a_runtime_layout_must_say_is_enough() -> None:
+    assert dict(parse(changed(runtime_with(KEY))).key) == KEY
 
 
 def test_offsets_beyond_four_gigabytes_are_offsets() -> None:
@@ -185,6 +196,13 @@ def put(*path: Any, to: Any) -> Callable[[Body], None]:
     return change
 
 
+def runtime_with(key: dict[str, str]) -> Callable[[Body], None]:
+    def change(body: Body) -> None:
+        body.update(layout="runtime", key=key)
+
+    return change
+
+
 NOT_COUNTS = [-1, True, 1.0, "1", None, [], 1 << 62]
 MALFORMED: dict[str, Callable[[Body], None]] = {
     **{f"without {name}": put(name, to=...) for name in sorted(json.loads(b"{" + to_bytes(SAMPLE).split(b"\n", 1)[1]))},
@@ -192,7 +210,11 @@ MALFORMED: dict[str, Callable[[Body], None]] = {
     **{f"chunk_bytes {value!r}": put("chunk_bytes", to=value) for value in (*NOT_COUNTS, 0, 4095, 3 << 12, 16 << 20)},
     **{f"layout {value!r}": put("layout", to=value) for value in ("other", 1, None, [])},
     "runtime without a key": put("layout", to="runtime"),
-    "hf with a key": put("key", to={"a": "b"}),
+    "hf with a key": put("key", to=KEY),
+    **{
+        f"runtime without {name}": runtime_with({other: text for other, text in KEY.items() if other != name})
+        for name in KEY
+    },
     **{f"key {value!r}": put("key", to=value) for value in ([], {"a": 1}, "x", None)},
     **{f"model {value!r}": put("model", to=value) for value in ([], {}, {"architecture": "x"}, "x")},
     "architecture": put("model", "architecture", to=3),
@@ -219,6 +241,8 @@ MALFORMED: dict[str, Callable[[Body], None]] = {
             "",
             ".",
             "..",
+            ".hidden",
+            ".quarantined",
             "a/b",
             "../x",
             "/x",
@@ -312,6 +336,7 @@ def test_a_tensor_that_cannot_be_is_refused(change: Callable[[Body], None], erro
         (with_header(digest=None), errors.ManifestMalformed),
         (with_header(digest=...), errors.ManifestMalformed),
         (with_header(source=3), errors.ManifestMalformed),
+        (with_header(source=...), errors.ManifestMalformed),
         (with_header(more=1), errors.ManifestMalformed),
         (with_header(created_at="now"), errors.ManifestMalformed),
         (with_header(created_at=True), errors.ManifestMalformed),
@@ -319,6 +344,8 @@ def test_a_tensor_that_cannot_be_is_refused(change: Callable[[Body], None], erro
         (with_header(created_at=float("nan")), errors.ManifestMalformed),
         (with_header(created_at=float("inf")), errors.ManifestMalformed),
         (with_header(created_at=10**400), errors.ManifestMalformed),
+        (with_header(created_at=1 << 62), errors.ManifestMalformed),
+        (with_header(created_at=...), errors.ManifestMalformed),
     ],
 )
 def test_a_header_that_is_none_is_refused(data: bytes, error: type[SllmError]) -> None:

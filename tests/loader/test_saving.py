@@ -163,18 +163,17 @@ def test_a_checkpoint_that_is_loaded_may_be_saved_over(tmp_path: Path) -> None:
 
 def test_what_goes_with_the_tensors_is_kept(tmp_path: Path) -> None:
     facts = ModelFacts(architecture="X", max_model_len=7)
+    key = {"checkpoint": "sha256:0", "engine": "vllm", "engine_version": "1", "dtype": "float32"}
     manifest = save(
         {"w": torch.ones(1)},
         tmp_path / "c",
         layout="runtime",
-        key={"engine": "vllm", "dtype": "float32"},
+        key=key,
         model=facts,
         execution_files={"config.json": b"{}"},
         source="here",
     )
-    assert (manifest.layout, dict(manifest.key), manifest.model, manifest.source) == (
-        *("runtime", {"engine": "vllm", "dtype": "float32"}, facts, "here"),
-    )
+    assert (manifest.layout, dict(manifest.key), manifest.model, manifest.source) == ("runtime", key, facts, "here")
     assert verify(tmp_path / "c").manifest == manifest
 
 
