@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,16 +48,24 @@ def test_show_lists_the_tensors_in_load_order(ask, converted):
     assert "bfloat16" in ask("checkpoint", "show", "--path", str(converted)).out
 
 
+def test_verify_says_what_it_has_read(ask, converted):
+    told = ask("checkpoint", "show", "--path", str(converted), "-o", "json").json
+    chunks, files = -(-told["size_bytes"] // told["chunk_bytes"]), len(told["execution_files"])
+    line = ask("checkpoint", "verify", "--path", str(converted)).out
+    assert re.fullmatch(rf"{converted}: in order, {chunks} chunks, {files} files, [0-9.]+ MiB\n", line), line
+    assert ask("checkpoint", "verify", "--path", str(converted), "--deep").out == f"{line.strip()}, every sha256\n"
+
+
 @pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["chunks", "deep"])
 def test_verify_finds_a_flipped_bit_and_names_the_chunk(ask, converted, depth):
-    assert ask("checkpoint", "verify", "--path", str(converted), *depth).out == f"{converted}: in order\n"
+    assert ask("checkpoint", "verify", "--path", str(converted), *depth).code == 0
     partition = converted / "partition-000.bin"
     content = bytearray(partition.read_bytes())
     content[3 << 20] ^= 1
     partition.write_bytes(content)
     answer = ask("checkpoint", "verify", "--path", str(converted), *depth)
     assert answer.code == 2
-    assert "chunk 3 of" in answer.err
+    assert "chunk 3 (" in answer.err
     assert "hint:" in answer.err
 
 

@@ -22,6 +22,7 @@ from sllm.cli.options import (
 from sllm.cli.output import Format, emit_line
 from sllm.cli.progress import open_progress
 from sllm.cli.session import change, new_request_id
+from sllm.cli.units import size_text
 from sllm.core.ids import checkpoint_name, node_name
 
 EXAMPLE = """
@@ -64,5 +65,8 @@ def _verify_here(folder: Path, deep: bool, output: Format) -> None:
     from sllm.loader.verifying import verify as verify_folder
 
     with open_progress(f"verify {folder.name}") as progress:
-        manifest = verify_folder(folder, deep=deep, progress=shares(progress, "reading")).manifest
-    emit_line(output, line=f"{folder}: in order", data=manifest_object(folder, manifest), name=str(folder))
+        found = verify_folder(folder, deep=deep, progress=shares(progress, "reading"))
+    line = f"{folder}: in order, {found.chunks} chunks, {found.files} files, {size_text(found.size_bytes)}"
+    if found.deep:
+        line += ", every sha256"
+    emit_line(output, line=line, data=manifest_object(folder, found.manifest), name=str(folder))
