@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sllm.errors import (
     Cancelled,
     CapacityExceeded,
     ChunkCorrupt,
+    Conflict,
     DeadlineExceeded,
     InvalidArgument,
     ManifestCorrupt,
@@ -32,9 +34,14 @@ from sllm.errors import (
     SllmError,
     UnknownDtype,
 )
+from sllm.loader.arrangement import arrange
 from sllm.loader.dtypes import ITEM_BYTES
+from sllm.loader.folder import read_manifest
+from sllm.loader.pipeline import Control
 
 torch = pytest.importorskip("torch")
+
+from sllm.loader import loader  # noqa: E402 - needs torch
 
 PAGE = 4096
 
@@ -305,32 +312,24 @@ print(sorted({heavy} & set(sys.modules)))
     assert (found.stdout.strip(), found.returncode) == ("[]", 0), found.stderr
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_garbage_is_collected_during_a_load_and_the_setting_is_kept(checkpoint: Path, enabled: bool) -> None:
+def test_no_garbage_is_collected_during_a_load(checkpoint: Path) -> None:
     seen: list[bool] = []
-    (gc.enable if enabled else gc.disable)()
-    try:
-        sllm.loader.load(checkpoint, progress=lambda done, total: seen.append(gc.isenabled()))
-        assert seen
-        assert not any(seen)
-        assert gc.isenabled() == enabled
-        with pytest.raises(ManifestMissing):
-            sllm.loader.load(checkpoint / "nowhere")
-        assert gc.isenabled() == enabled
-    finally:
-        gc.enable()
-
-
-def test_the_collector_stays_off_until_the_last_of_several_loads_is_done(checkpoint: Path) -> None:
-    def inner(done: int, total: int) -> None:
-        sllm.loader.load(checkpoint)
-        seen.append(gc.isenabled())
-
-    seen: list[bool] = []
-    sllm.loader.load(checkpoint, progress=inner)
+    sllm.loader.load(checkpoint, progress=lambda done, total: seen.append(gc.isenabled()))
     assert seen
     assert not any(seen)
     assert gc.isenabled()
+
+
+def test_a_load_onto_a_device_that_gets_no_ring_keeps_nothing_there(checkpoint: Path) -> None:
+    """The CPU is the device: a load fails before it asks for CUDA, when its pool turns out to be closed."""
+    pool = sllm.loader.Pool(8 << 20)
+    pool.close()
+    manifest = read_manifest(checkpoint)
+    with pytest.raises(Conflict, match="closed") as raised:
+        loader._load_onto(torch.device("cpu"), manifest, arrange(manifest), [], pool, Control())
+    frames = [frame for frame, _ in traceback.walk_tb(raised.tb)]
+    (target,) = [frame.f_locals["target"] for frame in frames if frame.f_code.co_name == "_load_onto"]
+    assert target.untyped_storage().size() == 0, "while the error, and so its traceback, is alive"
 
 
 def test_ctrl_c_ends_a_load_and_gives_everything_back(checkpoint: Path) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import xxhash
 
-from sllm.errors import Cancelled, CapacityExceeded, ChunkCorrupt, DeadlineExceeded, OperationFailed
-from sllm.loader.arrangement import RING_BYTES, Arrangement, arrange, ring_slots
+from sllm.errors import Cancelled, ChunkCorrupt, DeadlineExceeded, OperationFailed
+from sllm.loader.arrangement import Arrangement, arrange
 from sllm.loader.format import Manifest, Partition
 from sllm.loader.memory.fake import FakeCopier
 from sllm.loader.pipeline import COPIES_UNDER_WAY, Control, Pipeline
@@ -174,20 +174,3 @@ def test_a_load_can_be_stopped_from_outside() -> None:
     stopped.set()
     with pytest.raises(Cancelled):
         pipeline.wait()
-
-
-def test_a_ring_is_no_wider_than_the_longest_partition_the_room_and_the_limit() -> None:
-    arrangement = arranged(*DATA)
-    assert ring_slots(arrangement, 100 * CHUNK) == 10
-    assert ring_slots(arrangement, 5 * CHUNK + 1) == 5
-    huge = Partition(file="partition-000.bin", size_bytes=2 * RING_BYTES, sha256="", chunks=())
-    assert (
-        ring_slots(arrange(Manifest(partitions=(huge,), tensors={}, chunk_bytes=CHUNK)), 1 << 40) * CHUNK == RING_BYTES
-    )
-
-
-def test_a_ring_of_less_than_two_chunks_is_refused_unless_there_is_but_one() -> None:
-    with pytest.raises(CapacityExceeded, match=f"{2 * CHUNK - 1} bytes free"):
-        ring_slots(arranged(*DATA), 2 * CHUNK - 1)
-    assert ring_slots(arranged(b"x" * 4096), CHUNK) == 1
-    assert ring_slots(arranged(), 0) == 0
