@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sllm.errors import (
 )
 from sllm.loader import convert, load, save, verify
 from sllm.loader.folder import read_manifest
-from sllm.loader.format import LARGE_BYTES, PAGE_BYTES
+from sllm.loader.format import LARGE_BYTES, PAGE_BYTES, to_bytes
 
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
@@ -229,6 +230,16 @@ def test_a_damaged_checkpoint_is_not_copied(
     else:
         flip(checkpoint / name)
     with pytest.raises(error):
+        convert(checkpoint, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_forged_chunk_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
+    """Its hash in the manifest is forged too, but not the sha256 of its partition."""
+    manifest = read_manifest(checkpoint)
+    forged = tuple(replace(partition, sha256="00" * 32) for partition in manifest.partitions)
+    (checkpoint / "manifest.json").write_bytes(to_bytes(replace(manifest, partitions=forged)))
+    with pytest.raises(ChunkCorrupt, match="sha256"):
         convert(checkpoint, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
