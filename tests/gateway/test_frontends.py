@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sllm.core.route import RouteTable
-from sllm.errors import NotFound, Unavailable
+from sllm.errors import NotFound, OperationFailed, Unavailable
 from sllm.gateway.frontends import FrontEnds
 from sllm.gateway.routes import Routes
 
@@ -140,7 +140,7 @@ async def test_one_that_failed_is_tried_again_when_there_are_other_sources(
     give(routes, a_route("a"))
     await settle()
     for _ in range(2):
-        with front_ends.use("a") as lease, pytest.raises(Unavailable, match="no node"):  # type: ignore[arg-type]
+        with front_ends.use("a") as lease, pytest.raises(OperationFailed, match="no node"):  # type: ignore[arg-type]
             await lease.front_end()
     assert builder.tries == 1
     builder.problem = None
