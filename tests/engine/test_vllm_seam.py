@@ -52,7 +52,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("module", "path"), NAMES, ids=lambda value: value)
-def test_the_name_exists(vllm: SimpleNamespace, module: str, path: str) -> None:
+def test_every_name_of_vllm_that_is_used_exists(vllm: SimpleNamespace, module: str, path: str) -> None:
     found: Any = importlib.import_module(module)
     for name in path.split("."):
         found = getattr(found, name)
