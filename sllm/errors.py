@@ -255,10 +255,10 @@ OUTCOMES: dict[str, Outcome] = {
 
 
 def all_errors() -> list[type[SllmError]]:
-    """Return every class of the tree, the base first."""
+    """Return every class that has a reason of its own, the base first."""
     found: list[type[SllmError]] = [SllmError]
     for cls in found:
-        found.extend(cls.__subclasses__())
+        found.extend(each for each in cls.__subclasses__() if "reason" in vars(each))
     return found
 
 
