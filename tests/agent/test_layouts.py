@@ -7,16 +7,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sllm.core.ids import DeviceId, ReplicaId
-from sllm.core.launch import WarmReady
+from sllm.core.launch import LaunchRecord, WarmReady
 from sllm.core.replica import ReplicaState
 from sllm.core.runtime_layout import runtime_key
+from sllm.linux import start_ticks
 from sllm.loader.folder import read_manifest
 from sllm.loader.format import PAGE_BYTES, Tensor
 from sllm.loader.store import SsdStore
@@ -190,6 +193,34 @@ async def test_what_was_saved_is_taken_in_though_the_warm_process_is_another_ver
     host.say(runtime_saved=True)
     await node.until(node.local.store.runtimes)
     assert str(node.local.store.runtimes()[0].folder) == host.launch.save_runtime
+
+
+async def test_what_a_host_saves_after_a_restart_of_its_agent_is_taken_in(
+    node: Any, make_node: Callable[..., Any], make_spec: MakeSpec, model: Path
+) -> None:
+    spec = make_spec(await node.add(model))
+    host = await start(node, spec)
+    host.become_ready()
+    async with living_process() as pid:
+        path = node.local.records.path(spec.id)
+        record = replace(LaunchRecord.from_json(path.read_text()), pid=pid, start_ticks=start_ticks(pid))
+        path.write_text(record.to_json())
+        successor = saving(make_node(devices=2))
+        await successor.local.replicas.adopt()
+        write_layout(host)
+        host.say(runtime_saved=True)
+        await successor.until(successor.local.store.runtimes)
+
+
+@asynccontextmanager
+async def living_process() -> AsyncIterator[int]:
+    """Give the pid of a process that stands for a host whose parent is gone, until its agent ends it."""
+    process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        await process.wait()
 
 
 ADOPT = """

@@ -47,6 +47,11 @@ async def test_a_host_has_its_own_session_and_the_agent_as_parent(warm: Make, ma
     assert Path(f"/proc/{record.pid}/comm").read_text().strip() == launch.spec.id[:15]
 
 
+async def test_a_record_says_where_its_host_saves_for_an_agent_that_comes_later(warm: Make, make_launch: Make) -> None:
+    record = await warm().fork(make_launch(save_runtime="/somewhere"))
+    assert record.save_runtime == "/somewhere"
+
+
 async def test_a_host_serves_and_stops_when_told_to(
     warm: Make, make_launch: Make, request_of: Make, collect: Make, settled: Make
 ) -> None:
