@@ -24,7 +24,7 @@ from loader_measure import MeasurementFailed, bytes_of, drop_cache, in_fork
 from loader_peers import load_file, partitions, pool_bytes
 from loader_report import Goal, Result
 
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent
 from sllm.loader import format as checkpoint_format
 from sllm.loader.memory import space
 from sllm.loader.memory.shared import SharedPool
@@ -78,7 +78,7 @@ def _from_pool(folder: Path, rounds: int, *, huge: bool) -> list[Use]:
         view, done = pool.view(0, size_bytes), 0
         while count := source.readinto(view[done : done + (64 << 20)]):
             done += count
-    half = size_bytes // 2 // POOL_CHUNK_BYTES * POOL_CHUNK_BYTES
+    half = size_bytes // 2 // POOL_BLOCK_BYTES * POOL_BLOCK_BYTES
     # Two extents: a pool that was in use for a while has seldom room in one piece.
     extents = [extent for extent in (Extent(0, half), Extent(half, size_bytes - half)) if extent.size_bytes]
     return _rounds(lambda: _leased(pool, folder, extents), rounds)

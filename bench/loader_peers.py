@@ -19,7 +19,7 @@ import torch
 from loader_checkpoints import Tensors
 
 Load = Callable[[], Tensors]
-POOL_CHUNK_BYTES = 8 << 20
+POOL_BLOCK_BYTES = 8 << 20
 BARE_THREADS = 4
 
 
@@ -153,12 +153,12 @@ def bare(folder: Path) -> Load:
 
 def _read_bare(file: Path, memory: memoryview) -> None:
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-    offsets = iter(range(0, len(memory), POOL_CHUNK_BYTES))  # its `next` is atomic
+    offsets = iter(range(0, len(memory), POOL_BLOCK_BYTES))  # its `next` is atomic
 
     def work() -> None:
         for offset in offsets:
-            count = os.preadv(descriptor, [memory[offset : offset + POOL_CHUNK_BYTES]], offset)
-            assert count == min(POOL_CHUNK_BYTES, len(memory) - offset), "a disk in memory reads whole chunks"
+            count = os.preadv(descriptor, [memory[offset : offset + POOL_BLOCK_BYTES]], offset)
+            assert count == min(POOL_BLOCK_BYTES, len(memory) - offset), "a disk in memory reads whole chunks"
 
     threads = [threading.Thread(target=work) for _ in range(BARE_THREADS)]
     for thread in threads:
@@ -195,8 +195,8 @@ def partitions(folder: Path) -> list[Path]:
 
 
 def pool_bytes(folder: Path) -> int:
-    """Return the size of a pool that holds the checkpoint: every partition in whole chunks."""
-    return sum(-(-file.stat().st_size // POOL_CHUNK_BYTES) * POOL_CHUNK_BYTES for file in partitions(folder))
+    """Return the size of a pool that holds the checkpoint: every partition in whole blocks."""
+    return sum(-(-file.stat().st_size // POOL_BLOCK_BYTES) * POOL_BLOCK_BYTES for file in partitions(folder))
 
 
 TORCH = Loader(name="torch.load", package="torch", format="torch", prepare=torch_load)

@@ -20,7 +20,7 @@ from sllm.agent.survey import Seen, Survey
 from sllm.agent.warm.base import Warm
 from sllm.agent.weights import Weights
 from sllm.config import AgentConfig, StoreConfig
-from sllm.core.grant import POOL_CHUNK_BYTES
+from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.core.ids import NodeName
 from sllm.core.node import NodeReport
 from sllm.core.residency import Tier, TierUsage
@@ -127,7 +127,7 @@ class LocalNode:
 
 
 def pool_bytes(config: StoreConfig) -> int:
-    """Return the size of the pool, in whole chunks: what the configuration says, or a share of the free memory.
+    """Return the size of the pool, in whole blocks: what the configuration says, or a share of the free memory.
 
     Raises InvalidConfiguration for more memory than the machine has: filling it would end other processes.
     """
@@ -135,4 +135,4 @@ def pool_bytes(config: StoreConfig) -> int:
     if config.dram_bytes > memory.total:
         raise InvalidConfiguration(f"store.dram_bytes is {config.dram_bytes}, the machine has {memory.total}")
     wanted = config.dram_bytes or int(memory.available) // _DRAM_SHARE
-    return max(1, wanted // POOL_CHUNK_BYTES) * POOL_CHUNK_BYTES
+    return max(1, wanted // POOL_BLOCK_BYTES) * POOL_BLOCK_BYTES

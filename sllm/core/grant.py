@@ -21,12 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-POOL_CHUNK_BYTES = 8 << 20  # the unit of allocation in a pool: any chunk of I/O lies in one of these
+POOL_BLOCK_BYTES = 8 << 20  # a block, the unit of allocation in a pool: any chunk of I/O lies in one
 
 
 class Extent(NamedTuple):
     """`size_bytes` bytes from `offset` of a pool. In the one that processes share, both are multiples of
-    POOL_CHUNK_BYTES."""
+    POOL_BLOCK_BYTES."""
 
     offset: int
     size_bytes: int

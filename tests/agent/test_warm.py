@@ -16,7 +16,7 @@ from sllm.agent.children import Children
 from sllm.agent.warm import process as warm_process
 from sllm.agent.warm.base import HostFds
 from sllm.agent.warm.process import WarmProcess
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent, Grant
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent, Grant
 from sllm.core.launch import Launch
 from sllm.errors import EngineFailed, InvalidConfiguration
 from sllm.linux import start_ticks
@@ -107,7 +107,7 @@ def launch(make_spec: Callable[..., Any]) -> Launch:
             generation=1,
             size_bytes=4096,
             chunk_bytes=4096,
-            extents=(Extent(0, POOL_CHUNK_BYTES),),
+            extents=(Extent(0, POOL_BLOCK_BYTES),),
             slots=1,
             ready_chunks=1,
         ),

@@ -1,6 +1,6 @@
 """Launch values survive their JSON."""
 
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent, Grant
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent, Grant
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId
 from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec
@@ -29,7 +29,7 @@ def test_a_launch_survives_its_json() -> None:
             generation=3,
             size_bytes=10,
             chunk_bytes=4096,
-            extents=(Extent(POOL_CHUNK_BYTES, POOL_CHUNK_BYTES), Extent(0, POOL_CHUNK_BYTES)),
+            extents=(Extent(POOL_BLOCK_BYTES, POOL_BLOCK_BYTES), Extent(0, POOL_BLOCK_BYTES)),
             slots=1,
             ready_chunks=0,
         ),

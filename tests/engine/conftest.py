@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from sllm.agent.records import Records
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent, Grant
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent, Grant
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId, RequestId
 from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState
@@ -64,14 +64,14 @@ def grant_of(folder: Path, *, ready: int | None = None, slots: int | None = None
     size_bytes, chunk_bytes = manifest.partitions[0].size_bytes, manifest.chunk_bytes
     chunks = -(-size_bytes // chunk_bytes)
     slots = min(chunks, chunks if slots is None else slots)
-    pieces = -(-slots * chunk_bytes // POOL_CHUNK_BYTES)
+    pieces = -(-slots * chunk_bytes // POOL_BLOCK_BYTES)
     return Grant(
         digest=manifest.digest,
         partition=0,
         generation=1,
         size_bytes=size_bytes,
         chunk_bytes=chunk_bytes,
-        extents=tuple(Extent(2 * n * POOL_CHUNK_BYTES, POOL_CHUNK_BYTES) for n in reversed(range(pieces))),
+        extents=tuple(Extent(2 * n * POOL_BLOCK_BYTES, POOL_BLOCK_BYTES) for n in reversed(range(pieces))),
         slots=slots,
         ready_chunks=min(slots, chunks if ready is None else ready) if slots == chunks else 0,
     )
@@ -107,7 +107,7 @@ class PoolInTest:
         """Read chunks into their places."""
         for chunk in range(first, end):
             start = chunk * self.grant.chunk_bytes
-            piece, within = divmod(chunk % self.grant.slots * self.grant.chunk_bytes, POOL_CHUNK_BYTES)
+            piece, within = divmod(chunk % self.grant.slots * self.grant.chunk_bytes, POOL_BLOCK_BYTES)
             content = self.content[start : start + self.grant.chunk_bytes]
             os.pwrite(self.fd, content, self.grant.extents[piece].offset + within)
 

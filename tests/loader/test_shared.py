@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent
 from sllm.errors import InvalidArgument
 from sllm.loader.memory import space
 from sllm.loader.memory.shared import SharedPool, free_huge_bytes
 
-CHUNK = POOL_CHUNK_BYTES
+CHUNK = POOL_BLOCK_BYTES
 FIRST, SECOND = Extent(0, CHUNK), Extent(CHUNK, CHUNK)
 
 
@@ -32,7 +32,7 @@ def present_bytes(pool: SharedPool) -> int:
     return os.fstat(pool.fd).st_blocks * 512
 
 
-def test_a_pool_has_whole_chunks_and_no_memory_until_it_is_used(pool: SharedPool) -> None:
+def test_a_pool_has_whole_blocks_and_no_memory_until_it_is_used(pool: SharedPool) -> None:
     assert pool.size_bytes == 4 * CHUNK
     assert present_bytes(pool) == 0
     pool.view(0, 1)[0] = 7

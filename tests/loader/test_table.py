@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent
 from sllm.loader.memory.table import Entry, EntryState, Table
 
-CHUNK = POOL_CHUNK_BYTES
+CHUNK = POOL_BLOCK_BYTES
 ALL = (Extent(0, 8 * CHUNK),)
 
 
@@ -38,7 +38,7 @@ def add(table: Table, digest: str, chunks: int, *, slots: int | None = None, now
     )
 
 
-def test_a_partition_takes_whole_chunks_of_the_pool_and_an_empty_one_too() -> None:
+def test_a_partition_takes_whole_blocks_of_the_pool_and_an_empty_one_too() -> None:
     table = Table(8 * CHUNK, 1)
     small = table.add(
         digest="a", partition=0, checkpoint="a", folder="/a", size_bytes=4096, chunk_bytes=1 << 20, slots=1, now=0.0

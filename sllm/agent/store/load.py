@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sllm.agent.store.askers import Asker
 from sllm.agent.store.feed import Feed
-from sllm.core.grant import POOL_CHUNK_BYTES
+from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.errors import SllmError
 from sllm.failpoints import failpoint
 from sllm.loader.memory.shared import SharedPool
@@ -110,12 +110,12 @@ class Load:
 def places(pool: SharedPool, entry: Entry) -> Callable[[int], memoryview]:
     """Return the function from a chunk's number to its memory."""
     offsets = [
-        extent.offset + start for extent in entry.extents for start in range(0, extent.size_bytes, POOL_CHUNK_BYTES)
+        extent.offset + start for extent in entry.extents for start in range(0, extent.size_bytes, POOL_BLOCK_BYTES)
     ]
-    per_pool_chunk = POOL_CHUNK_BYTES // entry.chunk_bytes
+    per_block = POOL_BLOCK_BYTES // entry.chunk_bytes
 
     def place(chunk: int) -> memoryview:
-        number, within = divmod(chunk % entry.slots, per_pool_chunk)
+        number, within = divmod(chunk % entry.slots, per_block)
         return pool.view(offsets[number] + within * entry.chunk_bytes, entry.chunk_bytes)
 
     return place

@@ -23,7 +23,7 @@ from sllm.agent.store.load import Load, OpenSource
 from sllm.agent.store.protocol import Open
 from sllm.agent.store.queue import LoadingQueue
 from sllm.agent.store.quiet import Quiet
-from sllm.core.grant import POOL_CHUNK_BYTES
+from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.errors import Cancelled, InvalidCheckpoint, PartitionMissing, SllmError, Unavailable
 from sllm.failpoints import failpoint
 from sllm.loader.folder import read_manifest
@@ -63,7 +63,7 @@ class Loads:
         self._queue: LoadingQueue[Load] = LoadingQueue()
         self._queued = asyncio.Event()
         # One for each load that can have memory, and for the one that is about to get some: none waits for another.
-        self._executor = ThreadPoolExecutor(content.pool.size_bytes // POOL_CHUNK_BYTES + 1, thread_name_prefix="load")
+        self._executor = ThreadPoolExecutor(content.pool.size_bytes // POOL_BLOCK_BYTES + 1, thread_name_prefix="load")
 
     def grant(self, asker: Asker, entry: Entry) -> None:
         """Grant what is in memory, or is being read."""

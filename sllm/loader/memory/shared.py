@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent
 from sllm.errors import CapacityExceeded, InvalidArgument
 from sllm.loader.memory import space
 
@@ -43,7 +43,7 @@ class SharedPool:
     @classmethod
     def create(cls, size_bytes: int, *, hugepages: bool) -> SharedPool:
         """Make an empty pool, of huge pages if `hugepages` and enough are reserved. Raises CapacityExceeded."""
-        size_bytes = max(POOL_CHUNK_BYTES, size_bytes // POOL_CHUNK_BYTES * POOL_CHUNK_BYTES)
+        size_bytes = max(POOL_BLOCK_BYTES, size_bytes // POOL_BLOCK_BYTES * POOL_BLOCK_BYTES)
         if hugepages and size_bytes <= free_huge_bytes():
             try:
                 return cls(_sealed(size_bytes, flags=os.MFD_HUGETLB | _MFD_HUGE_2MB))
@@ -59,7 +59,7 @@ class SharedPool:
         """Take over the descriptor of a pool that another process made. Raises InvalidArgument if it is none."""
         try:
             size_bytes, seals = os.fstat(fd).st_size, fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-            if seals & _SEALS != _SEALS or size_bytes <= 0 or size_bytes % POOL_CHUNK_BYTES:
+            if seals & _SEALS != _SEALS or size_bytes <= 0 or size_bytes % POOL_BLOCK_BYTES:
                 raise InvalidArgument("the descriptor is not that of a pool")
             return cls(fd)
         except OSError as error:

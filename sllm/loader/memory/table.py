@@ -1,6 +1,6 @@
 """Which checkpoint partitions a DRAM pool holds, and where. Pure: no clock, no memory, no locks; one caller at a time.
 
-The pool's bytes are divided into extents of whole POOL_CHUNK_BYTES, and each belongs to exactly one of: free space, an
+The pool's bytes are divided into extents of whole POOL_BLOCK_BYTES, and each belongs to exactly one of: free space, an
 entry, or what is *kept back*: memory whose entry is gone while somebody still holds a lease on it. `leased` tells
 whether anybody does; it is asked (never remembered), because a lease ends without a message, with its last holder.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent, chunks_in
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent, chunks_in
 from sllm.loader.memory.extents import FreeSpace
 from sllm.loader.tiers import Held, make_room
 
@@ -91,11 +91,11 @@ class Table:
     """The whole pool. Generations begin at `generation` and are never used again."""
 
     def __init__(self, size_bytes: int, generation: int) -> None:
-        if size_bytes <= 0 or size_bytes % POOL_CHUNK_BYTES:
-            raise ValueError(f"a pool of {size_bytes} bytes is not whole chunks of {POOL_CHUNK_BYTES}")
+        if size_bytes <= 0 or size_bytes % POOL_BLOCK_BYTES:
+            raise ValueError(f"a pool of {size_bytes} bytes is not whole blocks of {POOL_BLOCK_BYTES}")
         self.size_bytes = size_bytes
         self._generation = generation
-        self._free = FreeSpace((Extent(0, size_bytes),), POOL_CHUNK_BYTES)
+        self._free = FreeSpace((Extent(0, size_bytes),), POOL_BLOCK_BYTES)
         self._kept_back: list[Extent] = []
         self._entries: dict[int, Entry] = {}
 
@@ -113,7 +113,7 @@ class Table:
             table._free.remove(entry.extents)
             table._entries[entry.generation] = replace(entry, state=EntryState.VERIFYING)
         loose = table._free.extents
-        table._free = FreeSpace((), POOL_CHUNK_BYTES)
+        table._free = FreeSpace((), POOL_BLOCK_BYTES)
         table._let_go(loose, leased)
         return table
 
@@ -144,7 +144,7 @@ class Table:
         verified. What nobody waits for can be read again.
         """
         self.reclaim(leased)
-        needed = whole_chunks(size_bytes)
+        needed = whole_blocks(size_bytes)
         if needed <= self.free_bytes:  # the usual case asks nobody about leases
             return ()
         held = [_as_held(entry, leased, awaited) for entry in self._entries.values()]
@@ -182,7 +182,7 @@ class Table:
             size_bytes=size_bytes,
             chunk_bytes=chunk_bytes,
             slots=slots,
-            extents=self._free.take(whole_chunks(min(size_bytes, slots * chunk_bytes))),
+            extents=self._free.take(whole_blocks(min(size_bytes, slots * chunk_bytes))),
             last_used=now,
         )
         self._generation += 1
@@ -215,17 +215,17 @@ class Table:
         for extent in extents:
             if not leased((extent,)):
                 self._free.give_back(extent)
-            elif extent.size_bytes == POOL_CHUNK_BYTES:
+            elif extent.size_bytes == POOL_BLOCK_BYTES:
                 self._kept_back.append(extent)
             else:  # only part of it may be
-                half = extent.size_bytes // POOL_CHUNK_BYTES // 2 * POOL_CHUNK_BYTES
+                half = extent.size_bytes // POOL_BLOCK_BYTES // 2 * POOL_BLOCK_BYTES
                 rest = Extent(extent.offset + half, extent.size_bytes - half)
                 self._let_go((Extent(extent.offset, half), rest), leased)
 
 
-def whole_chunks(size_bytes: int) -> int:
+def whole_blocks(size_bytes: int) -> int:
     """Return the bytes of the pool that so many bytes take."""
-    return max(1, chunks_in(size_bytes, POOL_CHUNK_BYTES)) * POOL_CHUNK_BYTES
+    return max(1, chunks_in(size_bytes, POOL_BLOCK_BYTES)) * POOL_BLOCK_BYTES
 
 
 def _as_held(entry: Entry, leased: Leased, awaited: Container[int]) -> Held:

@@ -24,7 +24,7 @@ from sllm.agent.store.client import Granted, StoreClient, Wanted
 from sllm.agent.store.fake import FakeStore
 from sllm.agent.store.process import StoreOptions, StoreProcess
 from sllm.agent.store.protocol import Damaged, Loaded
-from sllm.core.grant import POOL_CHUNK_BYTES, Grant
+from sllm.core.grant import POOL_BLOCK_BYTES, Grant
 from sllm.linux import start_ticks
 from sllm.loader.format import Manifest, Partition, Tensor, parse, to_bytes
 from sllm.loader.memory.table import Entry
@@ -143,8 +143,8 @@ async def copied_out(granted: Granted, feed: Feed) -> bytes:
 
 def _chunk(granted: Granted, grant: Grant, chunk: int) -> bytes:
     offset = chunk % grant.slots * grant.chunk_bytes
-    number, within = divmod(offset, POOL_CHUNK_BYTES)
-    places = [extent.offset + at for extent in grant.extents for at in range(0, extent.size_bytes, POOL_CHUNK_BYTES)]
+    number, within = divmod(offset, POOL_BLOCK_BYTES)
+    places = [extent.offset + at for extent in grant.extents for at in range(0, extent.size_bytes, POOL_BLOCK_BYTES)]
     return os.pread(granted.lease_fd, grant.chunk_bytes, places[number] + within)
 
 
@@ -261,12 +261,12 @@ class StoreInTest:
 
 @pytest.fixture
 async def make_store() -> AsyncIterator[Callable[..., Any]]:
-    """Return a coroutine function that makes a store of so many chunks of the pool; keywords are FakeStore's."""
+    """Return a coroutine function that makes a store of so many blocks of the pool; keywords are FakeStore's."""
     async with AsyncExitStack() as stack:
 
         async def make(chunks: int = 4, threads: int = 1, **changes: Any) -> StoreInTest:
             disk, recorder = Disk(), Recorder()
-            store = FakeStore(chunks * POOL_CHUNK_BYTES, threads=threads, open_source=disk.open, **changes)
+            store = FakeStore(chunks * POOL_BLOCK_BYTES, threads=threads, open_source=disk.open, **changes)
             store.start(recorder)
             stack.push_async_callback(store.close, stop=True)
             stack.callback(disk.free_all)
@@ -322,7 +322,7 @@ async def make_process(tmp_path: Path, children: Children) -> AsyncIterator[Call
     def make(*, failpoint: str = "", chunks: int = 4, folder: str = "run", **changes: Any) -> ProcessInTest:
         environment = {"SLLM_FAILPOINT": failpoint}
         values: dict[str, Any] = {
-            "size_bytes": chunks * POOL_CHUNK_BYTES,
+            "size_bytes": chunks * POOL_BLOCK_BYTES,
             "any_size": False,
             "hugepages": False,
             "prefault": False,

@@ -20,7 +20,7 @@ from sllm.agent.processes import open_process
 from sllm.agent.store import protocol
 from sllm.agent.store.client import Died, StoreClient
 from sllm.agent.store.process import present_bytes
-from sllm.core.grant import POOL_CHUNK_BYTES
+from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.errors import SllmError, Unavailable
 from sllm.linux import start_ticks
 from sllm.loader.memory.table import EntryState
@@ -136,7 +136,7 @@ async def test_who_waits_when_it_dies_is_told_or_served_by_the_next_one(
         os.close(granted.lease_fd)
     await store.recorder.until(lambda: not store.process.is_there or store.entries == [])
     assert content_of(await store.load(made)) == made.data
-    assert sum(entry.held_bytes for entry in store.entries) == 2 * POOL_CHUNK_BYTES
+    assert sum(entry.held_bytes for entry in store.entries) == 2 * POOL_BLOCK_BYTES
 
 
 async def test_dying_as_it_evicts_loses_nothing_that_is_leased(make_process: Make, make_checkpoint: Make) -> None:
@@ -220,11 +220,11 @@ async def test_another_size_takes_a_new_pool_and_any_size_keeps_the_old_one(
     await store.process.close(stop=False)
     same = make_process(chunks=3, any_size=True)
     await same.client()
-    assert (same.pid, same.process.size_bytes) == (pid, 2 * POOL_CHUNK_BYTES)
+    assert (same.pid, same.process.size_bytes) == (pid, 2 * POOL_BLOCK_BYTES)
     await same.process.close(stop=False)
     other = make_process(chunks=3)
     await other.client()
-    assert (other.process.size_bytes, other.entries) == (3 * POOL_CHUNK_BYTES, [])
+    assert (other.process.size_bytes, other.entries) == (3 * POOL_BLOCK_BYTES, [])
     assert start_ticks(pid) is None
     assert content_of(lease) == made.data
 

@@ -18,7 +18,7 @@ from sllm.agent.store.channel import Channel
 from sllm.agent.store.client import Died, StoreClient, Wanted
 from sllm.agent.store.feed import Feed
 from sllm.agent.store.protocol import Malformed, Message, decode, encode
-from sllm.core.grant import POOL_CHUNK_BYTES, Extent
+from sllm.core.grant import POOL_BLOCK_BYTES, Extent
 from sllm.errors import DeadlineExceeded
 from sllm.loader.memory.table import Entry, EntryState
 
@@ -31,7 +31,7 @@ ENTRY = Entry(
     size_bytes=10 << 20,
     chunk_bytes=1 << 20,
     slots=10,
-    extents=(Extent(0, POOL_CHUNK_BYTES), Extent(3 * POOL_CHUNK_BYTES, POOL_CHUNK_BYTES)),
+    extents=(Extent(0, POOL_BLOCK_BYTES), Extent(3 * POOL_BLOCK_BYTES, POOL_BLOCK_BYTES)),
     state=EntryState.READY,
     reload_s=1.5,
     uses=3,

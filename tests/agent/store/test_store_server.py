@@ -13,7 +13,7 @@ import pytest
 from agent.store.conftest import MIB, Feed, Made, content_of, copied_out
 
 from sllm.agent.store.protocol import Priority
-from sllm.core.grant import POOL_CHUNK_BYTES
+from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.errors import (
     ChunkCorrupt,
     DeadlineExceeded,
@@ -244,7 +244,7 @@ async def test_a_pool_that_is_all_leased_refuses_for_now(make_store: Make, make_
     store = await make_store(chunks=1)
     lease = await store.load(make_checkpoint("first"))
     made = make_checkpoint()
-    with pytest.raises(Unavailable, match=f"all {POOL_CHUNK_BYTES} bytes"):
+    with pytest.raises(Unavailable, match=f"all {POOL_BLOCK_BYTES} bytes"):
         await store.client.open(made.wanted())
     os.close(lease.lease_fd)
     assert content_of(await store.load(made)) == made.data
@@ -316,7 +316,7 @@ async def test_what_is_forgotten_is_freed_and_whoever_has_it_keeps_it(make_store
     store.client.forget(unused.digest)
     await store.recorder.until(lambda: not store.entries)
     granted = await store.client.open(large.wanted())
-    assert granted.grant.is_ring  # for all but one chunk of the pool is leased
+    assert granted.grant.is_ring  # for all but one block of the pool is leased
     assert await copied_out(granted, Feed(granted)) == large.data
     assert content_of(lease) == used.data
 
