@@ -496,6 +496,7 @@ async def test_a_deadline_ends_the_wait_for_a_load_that_is_being_called_off(
     with pytest.raises(DeadlineExceeded):
         await store.client.open(made.wanted(deadline_s=0.1))
     store.disk.free(made)
+    await store.recorder.until(lambda: not store.entries)
     await store.load(make_checkpoint("last"))
     assert store.disk.opens == ["demo", "last"]
 
@@ -515,5 +516,6 @@ async def test_who_leaves_while_a_load_is_being_called_off_begins_no_other(
     await asyncio.wait([late])
     await store.settled()
     store.disk.free(made)
+    await store.recorder.until(lambda: not store.entries)
     await store.load(make_checkpoint("last"))
     assert store.disk.opens == ["demo", "last"]
