@@ -59,8 +59,8 @@ class FreeSpace:
         """Raises ValueError if any byte of them is not free."""
         for taken in extents:
             around = next((each for each in self._extents if _contains(each, taken)), None)
-            whole = taken.size_bytes > 0 and not (taken.offset % self._unit_bytes or taken.size_bytes % self._unit_bytes)
-            if around is None or not whole:
+            odd = taken.offset % self._unit_bytes or taken.size_bytes % self._unit_bytes
+            if around is None or taken.size_bytes <= 0 or odd:
                 raise ValueError(f"{taken} is not free")
             self._extents.remove(around)
             before = Extent(around.offset, taken.offset - around.offset)
