@@ -262,6 +262,11 @@ def all_errors() -> list[type[SllmError]]:
     return found
 
 
+def reasons_of(kind: type[SllmError]) -> frozenset[str]:
+    """Return the reasons of a class and of all below it in this module."""
+    return frozenset(cls.reason for cls in all_errors() if issubclass(cls, kind) and cls.__module__ == __name__)
+
+
 def error_from(reason: str, message: str, *, hint: str = "", retry_after_s: float | None = None) -> SllmError:
     """Rebuild an error that crossed a wire; a reason this version does not know becomes a plain `SllmError`."""
     by_reason = {cls.reason: cls for cls in all_errors()}

@@ -94,7 +94,7 @@ class Handlers:
     def _refusal(self, view: DeploymentView, now: float) -> Exception | None:
         if any(replica.live for replica in self._world.cluster.of(view.name)):
             return None
-        return retry.refusal(view, now)
+        return retry.refusal(view, now) or retry.damage(view, self._world.cluster.nodes.values())
 
     async def _left(self, event: Left) -> None:
         world = self._world

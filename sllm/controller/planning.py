@@ -67,7 +67,8 @@ def _expire(world: World, now: float) -> None:
 def _refuse(world: World, now: float) -> None:
     """Answer held requests for which nothing will be started any more."""
     for name in world.router.held():
-        refusal = retry.refusal(world.cluster.deployments[name], now)
+        view = world.cluster.deployments[name]
+        refusal = retry.refusal(view, now) or retry.damage(view, world.cluster.nodes.values())
         if refusal and not any(replica.live for replica in world.cluster.of(name)):
             for waiter in world.router.empty(name):
                 world.tickets[waiter.ticket].fail(refusal)

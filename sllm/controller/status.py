@@ -20,6 +20,7 @@ from sllm.rpc.control import (
     ReplicaRow,
     RequestList,
 )
+from sllm.scheduler import retry
 from sllm.scheduler.autoscale import scale
 from sllm.scheduler.plan import Reason
 from sllm.version import VERSION
@@ -72,12 +73,13 @@ def _deployment(
 ) -> DeploymentRow:
     current = sum(r.live and r.spec.revision == view.current.number for r in replicas)
     wanted = scale(view, snapshot, current, now)
-    state = _state(view, replicas, wanted.needed)
+    damage = retry.damage(view, snapshot.nodes.values())
+    state = _state(view, replicas, wanted.needed, damaged=damage is not None)
     held = snapshot.held.get(view.name)
     return DeploymentRow(
         deployment=view.current.deployment,
         state=state,
-        reason=_reason(view, state, reasons),
+        reason=damage.message if damage and state is DeploymentState.FAILED else _reason(view, state, reasons),
         ready_replicas=sum(r.ready for r in replicas),
         wanted_replicas=max(wanted.needed, min(wanted.kept, current)),
         running_requests=sum(snapshot.loads.get(r.spec.id, 0) for r in replicas),
@@ -85,14 +87,14 @@ def _deployment(
     )
 
 
-def _state(view: DeploymentView, replicas: Sequence[ReplicaView], needed: int) -> DeploymentState:
+def _state(view: DeploymentView, replicas: Sequence[ReplicaView], needed: int, *, damaged: bool) -> DeploymentState:
     if view.current.deployment.deleting:
         return DeploymentState.DELETING
     if any(r.ready for r in replicas):
         return DeploymentState.READY
     if any(r.starting for r in replicas):
         return DeploymentState.STARTING
-    if view.failures and view.failures.given_up:
+    if damaged or (view.failures and view.failures.given_up):
         return DeploymentState.FAILED
     return DeploymentState.WAITING if needed else DeploymentState.SLEEPING
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from sllm.core.ids import NodeName
-from sllm.core.snapshot import DeploymentView, Failures, Policy
-from sllm.errors import EngineFailed
+from sllm.core.node import NodeState
+from sllm.core.residency import ResidencyState
+from sllm.core.snapshot import DeploymentView, Failures, NodeView, Policy
+from sllm.errors import CapacityExceeded, EngineFailed, InvalidArgument, InvalidCheckpoint, StaleLayout, reasons_of
 
 COOL_DOWN_S = 300.0
 
-# Reasons that a second try would only repeat.
-PERMANENT = frozenset({"INVALID_ARGUMENT", "UNSUPPORTED_CHECKPOINT", "INVALID_CONFIGURATION"})
-# As permanent, but perhaps only where it was tried: that node is short of memory, or its copy is damaged.
-OF_ONE_NODE = frozenset({"CAPACITY_EXCEEDED", "INVALID_CHECKPOINT"})
+# As permanent as those below, but perhaps only where it was tried: that node is short of memory, or its copy is wrong.
+OF_ONE_NODE = reasons_of(CapacityExceeded) | reasons_of(InvalidCheckpoint)
+# Reasons that a second try would only repeat. (A stale layout is made anew.)
+PERMANENT = reasons_of(InvalidArgument) - OF_ONE_NODE - reasons_of(StaleLayout)
 
 
 def failed(
@@ -91,4 +94,19 @@ def refusal(view: DeploymentView, now: float) -> EngineFailed | None:
         f"{view.name}: {failures.error}",
         hint=f"see `sllm status` and the logs of {', '.join(sorted(failures.nodes))}; deploy again to retry at once",
         retry_after_s=failures.retry_at - now,
+    )
+
+
+def damage(view: DeploymentView, nodes: Iterable[NodeView]) -> EngineFailed | None:
+    """The error for requests while every copy of the checkpoint that is left is damaged; None if there is a good one,
+    or none at all: it may be on a node that is still to come."""
+    digest = view.current.deployment.digest
+    living = [node for node in nodes if node.state is not NodeState.DEAD]
+    copies = [(n.report.name, r.state) for n in living for r in n.report.residencies if r.digest == digest]
+    if not copies or any(state is not ResidencyState.QUARANTINED for _, state in copies):
+        return None
+    where = ", ".join(sorted({name for name, _ in copies}))
+    return EngineFailed(
+        f"{view.name}: every copy of checkpoint {view.current.deployment.spec.checkpoint!r} is damaged, on {where}",
+        hint="add it again: sllm checkpoint add",
     )

@@ -1,10 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from sllm.core.node import NodeState
+from sllm.core.residency import Residency, ResidencyState, Tier
 from sllm.core.snapshot import Policy
-from sllm.errors import EngineFailed
-from sllm.scheduler.retry import COOL_DOWN_S, OF_ONE_NODE, PERMANENT, failed, forgiven, hindered, refusal, succeeded
+from sllm.errors import EngineFailed, InvalidCheckpoint, StaleLayout, UnsupportedCheckpoint, all_errors
+from sllm.scheduler.retry import (
+    COOL_DOWN_S,
+    OF_ONE_NODE,
+    PERMANENT,
+    damage,
+    failed,
+    forgiven,
+    hindered,
+    refusal,
+    succeeded,
+)
 
 POLICY = Policy(start_backoff_s=1.0, max_start_failures=3)
 
@@ -36,6 +50,34 @@ def test_the_cool_down_is_bounded(make):
     for _ in range(200):
         view = fail(view, 0.0)
     assert view.failures.retry_at == COOL_DOWN_S
+
+
+def test_every_way_in_which_a_checkpoint_can_be_wrong_is_told_from_what_may_pass():
+    for kind in all_errors():
+        if issubclass(kind, InvalidCheckpoint):
+            assert kind.reason in OF_ONE_NODE
+        elif issubclass(kind, UnsupportedCheckpoint) and kind is not StaleLayout:
+            assert kind.reason in PERMANENT
+    assert not PERMANENT & OF_ONE_NODE
+    assert {"ENGINE_FAILED", "UNAVAILABLE", "STALE_LAYOUT"}.isdisjoint(PERMANENT | OF_ONE_NODE)
+
+
+QUARANTINED = Residency(checkpoint="m", digest="m", tier=Tier.SSD, state=ResidencyState.QUARANTINED, size_bytes=1)
+
+
+def test_requests_are_refused_while_every_copy_is_damaged(make):
+    def damaged(name):
+        node = make.node(name)
+        return replace(node, report=replace(node.report, residencies=(QUARANTINED,)))
+
+    view = make.deployment()
+    error = damage(view, [damaged("b"), damaged("a")])
+    assert isinstance(error, EngineFailed)
+    assert error.message == "app: every copy of checkpoint 'm' is damaged, on a, b"
+    assert damage(view, [damaged("b"), make.node("a")]) is None
+    assert damage(view, []) is None, "a node that holds it may be about to register"
+    dead = replace(damaged("b"), state=NodeState.DEAD)
+    assert damage(view, [dead]) is None
 
 
 @pytest.mark.parametrize("reason", sorted(PERMANENT))
