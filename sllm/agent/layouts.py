@@ -75,6 +75,11 @@ class Layouts:
         folder = self._store.folder(entry)
         return Chosen(stored=entry, folder=folder, execution_folder=folder, save_to=save_to)
 
+    async def check_execution_files(self, entry: StoredCheckpoint) -> None:
+        """Raise the InvalidCheckpoint that says which of a checkpoint's execution files is not what was added; the copy
+        is in quarantine then."""
+        await asyncio.to_thread(self._store.check_execution_files, entry)
+
     def given_up(self, chosen: Chosen) -> None:
         """The engine host that was to save is gone."""
         self._being_saved.discard(chosen.save_to)

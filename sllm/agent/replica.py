@@ -27,7 +27,7 @@ from sllm.agent.weights import Weights
 from sllm.core.device import Device
 from sllm.core.launch import LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
-from sllm.errors import EngineFailed, InvalidCheckpoint, SllmError, StaleLayout, error_from
+from sllm.errors import EngineFailed, ExecutionFileDamaged, InvalidCheckpoint, SllmError, StaleLayout, error_from
 from sllm.loader.store import StoredCheckpoint
 from sllm.rpc.engine import HostStatus
 
@@ -148,27 +148,31 @@ class Replica:
         """Run it from the layout that suits it best; from the original if that one turns out to be of no use."""
         chosen = await self._layouts.choose(entry, self.spec, self._devices)
         try:
-            await self._run(chosen)
+            await self._run(entry, chosen)
         except (StaleLayout, InvalidCheckpoint) as error:
-            if not chosen.is_runtime:
+            if not chosen.is_runtime or isinstance(error, ExecutionFileDamaged):  # those are the checkpoint's
                 raise
             await self._layouts.drop(chosen, error)
             self._launcher.records.remove(self.spec.id)  # the dead host's
-            await self._run(self._layouts.original(entry))
+            await self._run(entry, self._layouts.original(entry))
 
-    async def _run(self, chosen: Chosen) -> None:
+    async def _run(self, entry: StoredCheckpoint, chosen: Chosen) -> None:
         self._from_runtime, self._save_to = chosen.is_runtime, chosen.save_to
+        checking = asyncio.create_task(self._layouts.check_execution_files(entry))  # while the load waits for its turn
+        checking.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, also when nobody waits
         try:
-            await self._served(await self._forked(chosen))
+            await self._served(await self._forked(chosen, checking))
         finally:
+            checking.cancel()
             self._layouts.given_up(chosen)
 
-    async def _forked(self, chosen: Chosen) -> EngineHost:
-        """Return a host with a grant of its own, which lasts as long as the host does.
+    async def _forked(self, chosen: Chosen, checking: asyncio.Task[None]) -> EngineHost:
+        """Return a host with a grant of its own, which lasts as long as the host does; forked after `checking`.
 
-        Raises DeadlineExceeded if the load's turn does not come within the limit of a start.
+        Raises DeadlineExceeded if the load's turn does not come within the limit of a start, and what `checking` does.
         """
         async with self._weights.granted(chosen.stored, deadline_s=self._limit_s) as granted:
+            await checking
             self._apply(PhaseBegan(phase=StartPhase.FORKING))
             try:
                 async with asyncio.timeout(self._limit_s):

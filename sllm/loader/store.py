@@ -38,6 +38,7 @@ from sllm.loader.writing import Progress
 
 log = logging.getLogger(__name__)
 
+_PIECE_BYTES = 1 << 20
 _RUNTIME = ".runtime"
 _QUARANTINED = ".quarantined"  # an empty file in the folder of a copy that is not to be used: survives a restart
 
@@ -181,13 +182,15 @@ class SsdStore:
         Raises NotFound; ExecutionFileDamaged, after the last piece of a file that is not what was added, and
         CheckpointUnreadable: the copy is in quarantine then.
         """
-        entry = self.with_digest(digest)
-        for file in entry.manifest.execution_files:
-            try:
-                yield from _checked_pieces(self.folder(entry), file, piece_bytes)
-            except InvalidCheckpoint:
-                self.quarantine(entry)
-                raise
+        yield from self._pieces(self.with_digest(digest), piece_bytes)
+
+    def check_execution_files(self, entry: StoredCheckpoint) -> None:
+        """Read what an engine is about to be configured by: weights are verified as they are read, these are not.
+
+        Raises ExecutionFileDamaged and CheckpointUnreadable: the copy is in quarantine then.
+        """
+        for _ in self._pieces(entry, _PIECE_BYTES):
+            pass
 
     # --- runtime layouts ----------------------------------------------------------------------
 
@@ -221,6 +224,14 @@ class SsdStore:
         self._runtimes.remove_all(layout for layout in self._runtimes.all() if layout.folder == folder)
 
     # ------------------------------------------------------------------------------------------
+
+    def _pieces(self, entry: StoredCheckpoint, piece_bytes: int) -> Iterator[tuple[str, bytes]]:
+        for file in entry.manifest.execution_files:
+            try:
+                yield from _checked_pieces(self.folder(entry), file, piece_bytes)
+            except InvalidCheckpoint:
+                self.quarantine(entry)
+                raise
 
     def _took(self, name: CheckpointName, manifest: Manifest) -> StoredCheckpoint:
         entry = _entry(name, manifest)

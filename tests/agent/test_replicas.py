@@ -222,6 +222,23 @@ async def test_a_start_that_is_called_off_while_it_loads_calls_off_the_read(
     await node.until(lambda: node.local.weights.in_memory == ())
 
 
+async def test_no_host_is_forked_from_a_checkpoint_with_a_damaged_execution_file(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    stored = node.local.store.with_digest(digest)
+    config = node.local.store.folder(stored) / "config.json"
+    config.write_text(config.read_text().replace("128", "129"))
+    node.local.replicas.start(make_spec(digest))
+    await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
+    assert node.status().error_reason == "EXECUTION_FILE_DAMAGED"
+    assert "config.json" in node.status().error
+    assert node.warm.hosts == []
+    assert node.local.store.damaged() == (stored,)
+    await unused(node, digest)
+
+
 async def test_a_start_that_waits_for_its_turn_is_queued_and_can_be_called_off(
     make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
 ) -> None:
