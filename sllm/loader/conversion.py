@@ -73,7 +73,7 @@ def convert_examined(
         return writer.commit(
             tensors,
             model=source.facts,
-            source=origin,
+            source=origin.encode("utf-8", "backslashreplace").decode(),  # a path may be any bytes
             created_at=time.time() if now is None else now,
             approve=lambda manifest: _approve(source, manifest, approve),
         )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sllm.errors import InvalidCheckpoint
-from sllm.loader.format import ModelFacts
+from sllm.loader.format import MAX_ARCHITECTURE_CHARACTERS, ModelFacts, is_architecture
 from sllm.loader.safetensors import StoredTensor
 from sllm.loader.untrusted import json_object
 
@@ -31,6 +31,11 @@ def model_facts(config: bytes) -> ModelFacts:
     architectures = values.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise InvalidCheckpoint(f"{CONFIG} names no architecture", hint="is this a Hugging Face model folder?")
+    if not is_architecture(architectures[0]):
+        raise InvalidCheckpoint(
+            f"{CONFIG} names the architecture {architectures[0][:40]!r}, which no model has",
+            hint=f"it is a printable text of at most {MAX_ARCHITECTURE_CHARACTERS} characters",
+        )
     return ModelFacts(architecture=architectures[0], max_model_len=_max_model_len(values))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +40,9 @@ PACKED_BYTES = 64  # smaller tensors begin at a multiple of this: a cache line, 
 LARGE_BYTES = 64 << 10  # from this size on a tensor begins at a page
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_CHUNK_BYTES = 8 << 20
+MAX_ARCHITECTURE_CHARACTERS = 256
 _MAX_DIMENSIONS = 64  # torch's limit
+_MAX_ELEMENTS = 1 << 63  # torch counts in 64 bits with a sign; a stride of 0 makes many of few bytes
 _LIMIT = 1 << 62
 _HASH = re.compile(r"[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -194,6 +197,20 @@ def is_file_name(name: str) -> bool:
     return plain and name != MANIFEST and not _PARTITION.fullmatch(name)
 
 
+def is_architecture(name: str) -> bool:
+    """True if a model may have this architecture: reports, listings and tables of a whole cluster repeat it."""
+    return 0 < len(name) <= MAX_ARCHITECTURE_CHARACTERS and name.isprintable()
+
+
+def is_utf8(text: str) -> bool:
+    """False for a text with a lone surrogate: JSON can say it (`"\\ud800"`), no message on a wire can carry it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # --- writing --------------------------------------------------------------------------------
 
 
@@ -293,6 +310,8 @@ def _check_header(header: dict[str, Any]) -> None:
         raise ManifestMalformed(f"the manifest's header does not have exactly {', '.join(sorted(_HEADER_KEYS))}")
     if not isinstance(header["digest"], str) or not isinstance(header["source"], str):
         raise ManifestMalformed("the manifest's header has a digest or a source that is not text")
+    if not is_utf8(header["source"]):
+        raise ManifestMalformed("the manifest's header has a source that UTF-8 cannot write")
     if type(header["created_at"]) not in (int, float) or not 0 <= header["created_at"] < _LIMIT:
         raise ManifestMalformed("the manifest's header has a created_at that is not a time")
 
@@ -346,6 +365,8 @@ def _kind(row: Any) -> _Kind:
         raise ManifestMalformed("a kind of tensor has a dtype that is not text")
     if not (_are_counts(shape) and _are_counts(stride) and len(shape) == len(stride) <= _MAX_DIMENSIONS):
         raise ManifestMalformed("a kind of tensor has a shape and stride that are not short lists of counts")
+    if math.prod(map(partial(max, 1), shape)) >= _MAX_ELEMENTS:  # torch multiplies beside a 0 too
+        raise TensorMisdescribed("a kind of tensor has more elements than 64 bits can count")
     kind = _Kind(size, dtype, tuple(shape), tuple(stride))
     span = span_bytes(dtype, kind.shape, kind.stride)
     if span != size:
@@ -362,6 +383,8 @@ def _tensors(columns: Any, kinds: tuple[_Kind, ...], limits: tuple[int, ...]) ->
         raise ManifestMalformed("the columns of tensors are not lists of counts")
     if type(names) is not list or not {*map(type, names)} <= {str} or len({*names}) != len(names):
         raise ManifestMalformed("the names of tensors are not a list of different texts")
+    if not is_utf8("\0".join(names)):
+        raise ManifestMalformed("the name of a tensor is one that UTF-8 cannot write")
     if not len(names) == len(partitions) == len(offsets) == len(numbers):
         raise ManifestMalformed("the columns of tensors differ in length")
     if max(numbers, default=-1) >= len(kinds):
@@ -406,8 +429,8 @@ def _model(value: Any) -> ModelFacts | None:
         return None
     if not isinstance(value, dict) or value.keys() != {"architecture", "max_model_len"}:
         raise ManifestMalformed("model must have architecture and max_model_len")
-    if not isinstance(value["architecture"], str):
-        raise ManifestMalformed("the model's architecture is not text")
+    if not isinstance(value["architecture"], str) or not is_architecture(value["architecture"]):
+        raise ManifestMalformed("the model's architecture is not a short printable text")
     length = _count(value["max_model_len"], "max_model_len")
     return ModelFacts(architecture=value["architecture"], max_model_len=length)
 
@@ -434,6 +457,8 @@ def _file(row: Any) -> StoredFile:
 def _key(value: Any, layout: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
         raise ManifestMalformed("key must map names to texts")
+    if not is_utf8("\0".join([*value.keys(), *value.values()])):
+        raise ManifestMalformed("key has a text that UTF-8 cannot write")
     if bool(value) != (layout == "runtime"):
         raise ManifestMalformed(f"a checkpoint of layout {layout} must {'not ' if value else ''}have a key")
     if value and not value.keys() >= {CHECKPOINT, ENGINE, ENGINE_VERSION}:

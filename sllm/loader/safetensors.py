@@ -12,6 +12,7 @@ from typing import Any
 
 from sllm.errors import InvalidCheckpoint, UnknownDtype, UnsupportedCheckpoint
 from sllm.loader.dtypes import ITEM_BYTES
+from sllm.loader.format import is_utf8
 from sllm.loader.untrusted import json_object
 
 LENGTH_BYTES = 8
@@ -99,6 +100,8 @@ def _check_metadata(metadata: Any, shard: str) -> None:
 def _tensor(name: str, entry: Any, base: int, shard: str) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InvalidCheckpoint(f"{shard}: tensor {name!r} lacks dtype, shape or data_offsets")
+    if not is_utf8(name):
+        raise InvalidCheckpoint(f"{shard}: tensor {name[:80]!r} has a name that UTF-8 cannot write")
     dtype, shape = _dtype(name, entry["dtype"], _counts(name, "shape", entry["shape"], shard), shard)
     offsets = _counts(name, "data_offsets", entry["data_offsets"], shard)
     if len(offsets) != 2 or offsets[0] > offsets[1]:

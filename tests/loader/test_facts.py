@@ -26,6 +26,13 @@ def test_the_length_of_a_model_with_text_and_more_is_that_of_its_text() -> None:
     assert facts_of(text_config={"n_positions": 5}, n_ctx=6) == ("X", 6)
 
 
+@pytest.mark.parametrize("name", ["", "\ud800", "X\n", "X\x1b[2J", "X" * 257])
+def test_an_architecture_is_a_short_printable_text(name: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match="which no model has"):
+        facts_of(architectures=[name])
+    assert facts_of(architectures=["X" * 256])[0] == "X" * 256
+
+
 @pytest.mark.parametrize("length", [0, -1, True, 1.5, "9", None, 1 << 31])
 def test_a_length_that_cannot_be_is_passed_over(length: Any) -> None:
     assert facts_of(n_ctx=length) == ("X", DEFAULT_MAX_MODEL_LEN)

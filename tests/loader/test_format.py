@@ -217,7 +217,11 @@ MALFORMED: dict[str, Callable[[Body], None]] = {
     },
     **{f"key {value!r}": put("key", to=value) for value in ([], {"a": 1}, "x", None)},
     **{f"model {value!r}": put("model", to=value) for value in ([], {}, {"architecture": "x"}, "x")},
-    "architecture": put("model", "architecture", to=3),
+    **{
+        f"architecture {value!a}": put("model", "architecture", to=value)
+        for value in (3, None, "", "X\n", "\x1b[2J", "\ud800", "X" * 257)
+    },
+    **{f"key {key!a}": runtime_with({**KEY, **key}) for key in ({"\ud800": ""}, {"rank": "\udfff"})},
     **{f"max_model_len {value!r}": put("model", "max_model_len", to=value) for value in NOT_COUNTS},
     **{f"partitions {value!r}": put("partitions", to=value) for value in ([], {}, None, [1], [{}])},
     "a partition without sha256": put("partitions", 0, "sha256", to=...),
@@ -248,6 +252,7 @@ MALFORMED: dict[str, Callable[[Body], None]] = {
             "/x",
             "a\nb",
             "\x1b[2J",
+            "\ud800",
             "manifest.json",
             "partition-007.bin",
             1,
@@ -281,6 +286,7 @@ MALFORMED: dict[str, Callable[[Body], None]] = {
     },
     "a name twice": put("tensors", "names", 0, to="head"),
     **{f"a name {value!r}": put("tensors", "names", 0, to=value) for value in (1, None, True, ["a"])},
+    **{f"a name {value!a}": put("tensors", "names", 0, to=value) for value in ("\ud800", "\udc00w")},
     "a kind that is not there": put("tensors", "kinds", 0, to=99),
 }
 
@@ -300,6 +306,8 @@ def test_what_the_format_does_not_allow_is_malformed(change: Callable[[Body], No
         (put("kinds", 0, 2, to=[4, 3]), errors.TensorMisdescribed),
         (put("kinds", 0, 3, to=[3, 1]), errors.TensorMisdescribed),
         (put("kinds", 2, 0, to=8), errors.TensorMisdescribed),  # an empty one that has bytes
+        (put("kinds", 0, to=[4, "float32", [1 << 32, 1 << 31], [0, 0]]), errors.TensorMisdescribed),
+        (put("kinds", 0, to=[0, "float32", [1 << 40, 1 << 40, 0], [0, 0, 0]]), errors.TensorMisdescribed),
         (put("kinds", 0, to=[4 << 62, "float32", [1 << 61, 2], [0, 1]]), errors.ManifestMalformed),
         (put("kinds", 0, to=[0, "float32", [1 << 61, 1 << 61], [1 << 61, 1 << 61]]), errors.TensorMisdescribed),
         (put("tensors", "partitions", 0, to=2), errors.TensorMisplaced),
@@ -336,6 +344,7 @@ def test_a_tensor_that_cannot_be_is_refused(change: Callable[[Body], None], erro
         (with_header(digest=None), errors.ManifestMalformed),
         (with_header(digest=...), errors.ManifestMalformed),
         (with_header(source=3), errors.ManifestMalformed),
+        (with_header(source="\ud800"), errors.ManifestMalformed),
         (with_header(source=...), errors.ManifestMalformed),
         (with_header(more=1), errors.ManifestMalformed),
         (with_header(created_at="now"), errors.ManifestMalformed),

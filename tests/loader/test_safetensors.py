@@ -71,6 +71,11 @@ def test_refuses_a_name_that_appears_twice(packed_raw: Callable[[bytes, bytes], 
         read(packed_raw(f"{{{one}, {one}}}".encode(), bytes(8)))
 
 
+def test_refuses_a_name_that_utf8_cannot_write(packed_raw: Callable[[bytes, bytes], bytes]) -> None:
+    with pytest.raises(InvalidCheckpoint, match="UTF-8"):
+        read(packed_raw(rb'{"\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)))
+
+
 @pytest.mark.parametrize("metadata", [[], {"a": 1}, "text"])
 def test_refuses_metadata_that_is_not_text_by_name(metadata: Any, packed_raw: Callable[[bytes, bytes], bytes]) -> None:
     with pytest.raises(InvalidCheckpoint, match="__metadata__"):

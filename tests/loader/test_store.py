@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import shutil
@@ -126,6 +128,28 @@ def test_refuses_what_is_beyond_its_limit_before_copying(tmp_path: Path, model: 
     store = SsdStore(tmp_path / "checkpoints", limit_bytes=100)
     with pytest.raises(CapacityExceeded, match="room for 100"):
         store.add(NAME, examine(model), "", now=0.0, cancelled=lambda: pytest.fail("it began"))
+
+
+def test_a_model_that_no_report_could_name_is_refused_before_anything_is_written(store: SsdStore, model: Path) -> None:
+    (model / "config.json").write_text(r'{"architectures": ["\ud800"]}')
+    with pytest.raises(InvalidCheckpoint, match="which no model has"):
+        add(store, model)
+    assert visible(store) == []
+
+
+def test_a_checkpoint_that_no_report_could_name_is_left_out(store: SsdStore, model: Path) -> None:
+    manifest = store.folder(add(store, model)) / "manifest.json"
+    first, body = manifest.read_bytes().split(b"\n", 1)
+    body = body.replace(b"LlamaForCausalLM", rb"\ud800")
+    header = {**json.loads(first[:-1] + b"}"), "digest": f"sha256:{hashlib.sha256(body).hexdigest()}"}
+    manifest.write_bytes(json.dumps(header).encode()[:-1] + b",\n" + body)
+    again = SsdStore(store.root)
+    assert (again.entries(), again.damaged()) == ((), ())
+
+
+def test_a_source_whose_path_is_not_utf8_is_named_readably(store: SsdStore, model: Path) -> None:
+    entry = store.add(NAME, examine(model), os.fsdecode(b"/m\xff"), now=1.0)
+    assert entry.checkpoint.source == r"/m\udcff"
 
 
 def test_removes_what_a_crash_left(store: SsdStore, model: Path) -> None:
