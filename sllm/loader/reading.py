@@ -38,7 +38,7 @@ class ChunkReader:
 
     `place(chunk)` says where a chunk belongs: a writable view of at least its length (aligned to 4 KiB for O_DIRECT).
     `hashes` are the manifest's (xxh3-64, hexadecimal); None verifies nothing. A chunk that is not what was written is
-    read once more, past any cache, before it counts as corrupt.
+    read once more, past any cache, before it counts as corrupt; so is what gives an error, before it is unreadable.
 
     `on_ready(n)` is called whenever n grows: the first n chunks are in place and verified. Calls come one at a time
     from any of the threads, in order, and hold up reading: they must be short.
@@ -223,14 +223,24 @@ class ChunkReader:
 
     def _fill_piece(self, view: memoryview, offset: int, *, fresh: bool) -> None:
         done = 0
+        while done < len(view):
+            count = self._read_some(view[done:], offset + done, fresh)
+            if count == 0:
+                raise PartitionTruncated(f"{self._source.name} ended at byte {offset + done} while it was read")
+            done += count
+
+    def _read_some(self, view: memoryview, offset: int, fresh: bool) -> int:
+        """Read once more after an error: of a server that was away for a moment, say. Who is told that a checkpoint is
+        unreadable uses it no more."""
         try:
-            while done < len(view):
-                count = self._source.read_into(view[done:], offset + done, fresh=fresh)
-                if count == 0:
-                    raise PartitionTruncated(f"{self._source.name} ended at byte {offset + done} while it was read")
-                done += count
+            return self._source.read_into(view, offset, fresh=fresh)
         except OSError as error:
-            raise self._unreadable(error, offset + done) from error
+            if error.errno in _NO_MEMORY:
+                raise self._unreadable(error, offset) from error
+        try:
+            return self._source.read_into(view, offset, fresh=True)
+        except OSError as error:
+            raise self._unreadable(error, offset) from error
 
     def _unreadable(self, error: OSError, offset: int) -> SllmError:
         if error.errno in _NO_MEMORY:

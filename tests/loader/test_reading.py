@@ -59,6 +59,21 @@ def test_an_error_of_the_disk_is_unreadable_and_says_where(number: int) -> None:
         load(source)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_an_error_of_the_disk_that_passes_is_read_over(number: int) -> None:
+    hiccups = {place: OSError(number, os.strerror(number)) for place in (0, 3 * CHUNK + 1)}
+    source = FakeSource(DATA, hiccups=hiccups)
+    assert load(source) == DATA
+    assert len(source.reads) == CHUNKS + 2
+
+
+def test_an_error_of_the_disk_that_stays_is_not_met_a_third_time() -> None:
+    source = FakeSource(DATA, errors={2 * CHUNK: OSError(errno.EIO, "broken")})
+    with pytest.raises(CheckpointUnreadable):
+        load(source, threads=1)
+    assert [offset for offset, _ in source.reads].count(2 * CHUNK) == 2
+
+
 @pytest.mark.parametrize("number", [errno.EFAULT, errno.ENOMEM])
 def test_memory_that_cannot_be_had_is_not_the_checkpoints_fault(number: int) -> None:
     with pytest.raises(CapacityExceeded):
