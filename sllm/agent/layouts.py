@@ -82,7 +82,9 @@ class Layouts:
 
     def given_up(self, chosen: Chosen) -> None:
         """The engine host that was to save is gone."""
-        self._being_saved.discard(chosen.save_to)
+        if chosen.save_to:
+            self._being_saved.discard(chosen.save_to)
+            self._store.give_up_runtime(Path(chosen.save_to))
 
     async def saved(self, folder: Path) -> None:
         """Take in what an engine host has saved there, and have it in memory for the next start.

@@ -117,6 +117,8 @@ def _examine_checkpoint(folder: Path, need_config: bool) -> Source:
         raise UnsupportedCheckpoint(
             f"{folder} is a layout of an engine's own", hint="name the checkpoint that it was made from"
         )
+    if need_config:
+        check_one_partition(manifest)
     if need_config and manifest.model is None:
         raise InvalidCheckpoint(f"{folder} does not say which model it is", hint="convert a folder with a config.json")
     return Source(
@@ -132,6 +134,15 @@ def _examine_checkpoint(folder: Path, need_config: bool) -> Source:
         tensors=(),
         manifest=manifest,
     )
+
+
+def check_one_partition(manifest: Manifest) -> None:
+    """Raise UnsupportedCheckpoint for what a library can load and a node cannot serve: engines start from one."""
+    if len(manifest.partitions) != 1:
+        raise UnsupportedCheckpoint(
+            f"the checkpoint has {len(manifest.partitions)} partitions, and only one can be served",
+            hint="convert the model's own folder: sllm checkpoint convert",
+        )
 
 
 def _facts(files: Mapping[str, SourceFile], need_config: bool) -> ModelFacts | None:

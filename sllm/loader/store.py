@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,7 +33,7 @@ from sllm.loader.conversion import convert_examined, converted_bytes
 from sllm.loader.folder import cannot_read, check_sizes, open_regular, read_manifest
 from sllm.loader.format import Manifest, StoredFile
 from sllm.loader.runtime_layouts import RuntimeLayout, RuntimeLayouts
-from sllm.loader.source import Source
+from sllm.loader.source import Source, check_one_partition
 from sllm.loader.work_folder import flush_folder, remove_leftovers, remove_tree, temporary_name
 from sllm.loader.writing import Progress
 
@@ -54,6 +55,7 @@ class StoredCheckpoint:
 class SsdStore:
     """All checkpoints of one node. `limit_bytes` 0: all of the disk.
 
+    What is being written, here or by an engine host that saves a runtime layout, counts against the limit at once.
     One `add` at a time; everything else may run beside it.
     """
 
@@ -62,6 +64,8 @@ class SsdStore:
         self.root = root.resolve()
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
+        self._room = threading.Lock()  # of whoever looks for room and takes it
+        self._being_written: dict[Path, int] = {}  # folder -> bytes
         # Replaced, never changed in place: readers in other threads take no lock.
         self._damaged: frozenset[CheckpointName] = frozenset()
         remove_leftovers(self.root)
@@ -127,23 +131,23 @@ class SsdStore:
         if there is not None and name not in self._damaged:
             _check_same(there, convert_examined(source, None, progress=progress, cancelled=cancelled))
             return there
-        self._make_room(converted_bytes(source), there)
 
         def approve(manifest: Manifest) -> None:
             if there is not None:
                 _check_same(there, manifest)
 
-        manifest = convert_examined(
-            source,
-            self.root / name,
-            origin=origin,
-            now=now,
-            progress=progress,
-            cancelled=cancelled,
-            approve=approve,
-            replace_anything=True,  # what has the name and is no entry is of no use
-        )
-        return self._took(name, manifest)
+        with self._room_for(self.root / name, converted_bytes(source), there):
+            manifest = convert_examined(
+                source,
+                self.root / name,
+                origin=origin,
+                now=now,
+                progress=progress,
+                cancelled=cancelled,
+                approve=approve,
+                replace_anything=True,  # what has the name and is no entry is of no use
+            )
+            return self._took(name, manifest)
 
     def quarantine(self, entry: StoredCheckpoint) -> None:
         """Use a copy no more: it is damaged."""
@@ -204,19 +208,29 @@ class SsdStore:
 
     def runtime_work(self, key: Mapping[str, str], size_bytes: int) -> Path | None:
         """Return where to write the runtime layout with this key (by CheckpointWriter or `save`), which takes about
-        `size_bytes`; None if there is no room for it, even when other runtime layouts give way."""
+        `size_bytes`; None if there is no room for it, even when other runtime layouts give way. The room is kept until
+        `adopt_runtime` or `give_up_runtime`."""
+        folder = self._runtimes.folder(key)
         try:
-            self._make_room(size_bytes, None)
+            self._take_room(folder, size_bytes, None)
             return self._runtimes.work(key)
         except CapacityExceeded:
             return None
         except OSError as error:
             log.warning("a runtime layout cannot be saved in %s: %s", self.root / _RUNTIME, error.strerror)
+            self._give_room_back(folder)
             return None
 
     def adopt_runtime(self, key: Mapping[str, str]) -> RuntimeLayout:
         """Take in a runtime layout that was written. Raises StaleLayout, InvalidCheckpoint: it is removed."""
-        return self._runtimes.adopt(key)
+        try:
+            return self._runtimes.adopt(key)
+        finally:
+            self._give_room_back(self._runtimes.folder(key))
+
+    def give_up_runtime(self, folder: Path) -> None:
+        """Nothing is written any more to this folder of `runtime_work`; what was adopted stays."""
+        self._give_room_back(folder)
 
     def drop_runtime(self, key: Mapping[str, str]) -> None:
         """Remove a runtime layout that did not fit, or that is damaged."""
@@ -250,19 +264,33 @@ class SsdStore:
     def _kept_bytes(self) -> int:
         return sum(entry.manifest.stored_bytes for entry in self._entries.values())
 
-    def _make_room(self, needed_bytes: int, replaced: StoredCheckpoint | None) -> None:
+    @contextmanager
+    def _room_for(self, folder: Path, needed_bytes: int, replaced: StoredCheckpoint | None) -> Iterator[None]:
+        self._take_room(folder, needed_bytes, replaced)
+        try:
+            yield
+        finally:
+            self._give_room_back(folder)
+
+    def _take_room(self, folder: Path, needed_bytes: int, replaced: StoredCheckpoint | None) -> None:
         """Let runtime layouts go as far as needed. Raises CapacityExceeded if that is not enough: none goes then."""
-        free = self._free_on_disk()
-        if self._limit_bytes:
-            given_up = replaced.manifest.stored_bytes if replaced else 0
-            free = min(free, self._limit_bytes - self.used_bytes + given_up)
-        possible = free + self._runtimes.used_bytes
-        if needed_bytes > possible:
-            raise CapacityExceeded(
-                f"the checkpoint has {needed_bytes} bytes, the SSD store has room for {max(0, possible)}",
-                hint="remove checkpoints that are not needed: sllm checkpoint remove",
-            )
-        self._runtimes.make_room(needed_bytes - free)
+        with self._room:
+            free = self._free_on_disk()  # without what is being written: a writer reserves it there itself
+            if self._limit_bytes:
+                given_up = replaced.manifest.stored_bytes if replaced else 0
+                others = sum(size for other, size in list(self._being_written.items()) if other != folder)
+                free = min(free, self._limit_bytes - self.used_bytes - others + given_up)
+            possible = free + self._runtimes.used_bytes
+            if needed_bytes > possible:
+                raise CapacityExceeded(
+                    f"the checkpoint has {needed_bytes} bytes, the SSD store has room for {max(0, possible)}",
+                    hint="remove checkpoints that are not needed: sllm checkpoint remove",
+                )
+            self._runtimes.make_room(needed_bytes - free)
+            self._being_written[folder] = needed_bytes
+
+    def _give_room_back(self, folder: Path) -> None:
+        self._being_written.pop(folder, None)  # without the lock: an event loop does not wait for files to be deleted
 
     def _free_on_disk(self) -> int:
         return shutil.disk_usage(self.root).free
@@ -293,6 +321,7 @@ class SsdStore:
 def _entry(name: CheckpointName, manifest: Manifest) -> StoredCheckpoint:
     if manifest.model is None or manifest.layout != "hf":
         raise InvalidCheckpoint("it does not say which model it is", hint="add it from a folder that has a config.json")
+    check_one_partition(manifest)
     checkpoint = Checkpoint(
         name=name,
         digest=manifest.digest,

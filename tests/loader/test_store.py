@@ -22,6 +22,7 @@ from sllm.errors import (
     InvalidCheckpoint,
     NotFound,
     StaleLayout,
+    UnsupportedCheckpoint,
 )
 from sllm.loader.conversion import convert
 from sllm.loader.folder import read_manifest
@@ -306,6 +307,19 @@ def test_a_checkpoint_that_does_not_say_which_model_it_is_is_not_added(
     assert visible(store) == []
 
 
+def test_a_checkpoint_of_several_partitions_is_not_served(store: SsdStore, model: Path, tmp_path: Path) -> None:
+    entry = add(store, model)
+    for folder in (tmp_path / "two", store.root / "two"):
+        with CheckpointWriter(folder, [4096, 4096]) as writer:
+            for _ in range(2):
+                with writer.partition():
+                    pass
+            writer.commit({}, model=entry.manifest.model)
+    with pytest.raises(UnsupportedCheckpoint, match="2 partitions"):
+        add(store, tmp_path / "two", CheckpointName("more"))
+    assert SsdStore(store.root).entries() == (entry,)
+
+
 def test_a_name_that_an_alien_file_has_is_taken_over(store: SsdStore, model: Path) -> None:
     (store.root / NAME).write_text("not ours")
     add(store, model)
@@ -425,6 +439,34 @@ def test_an_orphan_runtime_layout_is_removed_at_the_start(store: SsdStore, model
     shutil.rmtree(store.folder(entry))
     SsdStore(store.root)
     assert not folder.exists()
+
+
+def test_what_is_being_written_counts_against_the_limit(tmp_path: Path, model: Path) -> None:
+    entry = add(SsdStore(tmp_path / "checkpoints"), model)
+    size, key, other = entry.manifest.stored_bytes, key_of(entry), key_of(entry, rank="1")
+    store = SsdStore(tmp_path / "checkpoints", limit_bytes=2 * size + LAYOUT_BYTES - 1)
+    work = store.runtime_work(key, LAYOUT_BYTES)
+    assert work
+    assert store.runtime_work(key, LAYOUT_BYTES) == work  # the same, not one more
+    assert store.runtime_work(other, size) is None
+    with pytest.raises(CapacityExceeded):
+        add(store, model, CheckpointName("twin"))
+    store.give_up_runtime(work)
+
+    def meanwhile(done_bytes: int, total_bytes: int) -> None:
+        assert store.runtime_work(key, LAYOUT_BYTES) is None
+
+    store.add(CheckpointName("twin"), examine(model), "", now=0.0, progress=meanwhile)
+    assert store.runtime_work(key, LAYOUT_BYTES - 1)
+
+
+def test_room_of_a_runtime_layout_is_free_when_it_was_refused(tmp_path: Path, model: Path) -> None:
+    entry = add(SsdStore(tmp_path / "checkpoints"), model)
+    store = SsdStore(tmp_path / "checkpoints", limit_bytes=entry.manifest.stored_bytes + LAYOUT_BYTES)
+    lost(write_runtime(store, key_of(entry)))
+    with pytest.raises(InvalidCheckpoint):
+        store.adopt_runtime(key_of(entry))
+    assert store.runtime_work(key_of(entry, rank="1"), LAYOUT_BYTES)
 
 
 def test_the_longest_unused_runtime_layouts_make_room_for_a_checkpoint_and_no_checkpoint_does(
