@@ -44,7 +44,7 @@ class RuntimeLayouts:
         # Replaced, never changed in place: readers in other threads take no lock.
         self._layouts: dict[Path, RuntimeLayout] = {}
         if root.is_dir():
-            remove_leftovers(root)
+            remove_leftovers(root, anything=True)
             found = (self._read(folder) for folder in sorted(root.iterdir()))
             self._layouts = {layout.folder: layout for layout in found if layout}
 

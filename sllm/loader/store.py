@@ -68,7 +68,7 @@ class SsdStore:
         self._being_written: dict[Path, int] = {}  # folder -> bytes
         # Replaced, never changed in place: readers in other threads take no lock.
         self._damaged: frozenset[CheckpointName] = frozenset()
-        remove_leftovers(self.root)
+        remove_leftovers(self.root, anything=True)
         self._entries = dict(self._scan())
         self._runtimes = RuntimeLayouts(self.root / _RUNTIME)
         self._drop_orphans()

@@ -2,7 +2,8 @@
 
 A crash at any point leaves the destination as it was, or as it was meant to be. What it leaves beside it is a folder
 `.sllm-tmp-<12 hexadecimal digits>` that nobody holds a flock on: the next writer there, or the store at its start,
-removes it. A destination that exists is exchanged for the new folder and then deleted; readers that have its files open
+removes it, if its mark (a file that is made first and deleted last) or its content says that it is a writer's. A
+destination that exists is exchanged for the new folder and then deleted; readers that have its files open
 keep them.
 """
 
@@ -18,14 +19,17 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from sllm.errors import Conflict, InvalidCheckpoint, NotFound
+from sllm.errors import Conflict, InvalidCheckpoint, NotFound, SllmError
 from sllm.failpoints import failpoint
-from sllm.loader.folder import read_manifest
-from sllm.loader.format import MANIFEST
+from sllm.loader.folder import open_regular, read_manifest
+from sllm.loader.format import FORMAT, MANIFEST
+from sllm.loader.untrusted import json_object
 
 # What has this name is deleted, so it is one that nobody else gives: the parent may be somebody's home folder.
 _TMP = re.compile(r"\.sllm-tmp-[0-9a-f]{12}")
 _OURS = re.compile(r"manifest\.json|partition-[0-9]{3}\.bin")
+_MARK = ".sllm-writer"  # an empty file: what has it, whatever else is in it, is a writer's to delete
+_MAX_HEADER_BYTES = 1 << 20
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -35,13 +39,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class WorkFolder:
     """Made with its lock held, in the folder of `destination`. End it by `publish` or `discard`, then `close`.
 
-    `replace_anything`: whatever has the destination's name is deleted; else only a checkpoint is. Raises NotFound if
+    `replace_anything`: whatever has the destination's name is deleted, a link too (not what it leads to); else only a
+    checkpoint is. Raises NotFound if
     there is no such folder, Conflict if something is at the destination that stays, OSError.
     """
 
     def __init__(self, destination: Path, replace_anything: bool = False) -> None:
-        # A link to a checkpoint stays; what it leads to is replaced.
-        self.destination = Path(os.path.realpath(destination))
+        if replace_anything:
+            self.destination = Path(os.path.realpath(destination.parent), destination.name)
+        else:  # a link to a checkpoint stays; what it leads to is replaced
+            self.destination = Path(os.path.realpath(destination))
         if not self.destination.parent.is_dir():
             raise NotFound(f"folder {self.destination.parent} is not there")
         self._replace_anything = replace_anything
@@ -52,6 +59,7 @@ class WorkFolder:
 
     def publish(self) -> None:
         """Give the folder its destination's name, durably, and delete what had it. Raises Conflict, OSError."""
+        (self.path / _MARK).unlink()
         os.fsync(self._lock)
         failpoint("write-synced")
         replaced = self._take_place()
@@ -87,20 +95,22 @@ class WorkFolder:
                 continue  # it was removed just now
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Delete the work folders in `parent` whose writers are gone. What cannot be deleted stays."""
+def remove_leftovers(parent: Path, *, anything: bool = False) -> None:
+    """Delete the work folders in `parent` whose writers are gone: those that are certainly a writer's, or `anything` by
+    such a name, where nobody else writes. What cannot be deleted stays."""
     for entry in list(os.scandir(parent)):
         if _TMP.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            _remove_if_left(Path(entry.path))
+            _remove_if_left(Path(entry.path), anything)
 
 
 def remove_tree(path: Path) -> None:
-    """Delete whatever is at `path`; what cannot be deleted stays."""
+    """Delete whatever is at `path`; what cannot be deleted stays. A crash half-way leaves its mark on the rest."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
         with suppress(OSError):
-            path.unlink()
+            (path / _MARK).touch()
+            for name in set(os.listdir(path)) - {_MARK}:
+                _remove(path / name)
+    _remove(path)
 
 
 def temporary_name(parent: Path) -> Path:
@@ -118,8 +128,8 @@ def check_replaceable(destination: Path) -> None:
     except NotADirectoryError as error:
         raise Conflict(f"{destination} is there, and is no folder") from error
     alien = sorted(name for name in names - _execution_files(destination) if not _OURS.fullmatch(name))
-    if alien or (names and MANIFEST not in names):
-        what = f"it has {alien[0]!r}" if alien else f"it has no {MANIFEST}"
+    if alien or (names and not _has_manifest(destination)):
+        what = f"it has {alien[0]!r}" if alien else f"it has no {MANIFEST} of format {FORMAT}"
         raise Conflict(
             f"{destination} is there, and is not only a checkpoint: {what}", hint="choose another name, or remove it"
         )
@@ -141,6 +151,25 @@ def _execution_files(folder: Path) -> set[str]:
         return set()
 
 
+def _has_manifest(folder: Path) -> bool:
+    """True if the manifest there says that it is one of ours, be it damaged."""
+    try:
+        with os.fdopen(open_regular(folder / MANIFEST), "rb") as file:
+            header = file.readline(_MAX_HEADER_BYTES).rstrip(b",\n")
+        return json_object(header + b"}", MANIFEST).get("format") == FORMAT
+    except (SllmError, OSError):
+        return False
+
+
+def _is_writers(folder: Path) -> bool:
+    """True if a writer made it: it has the mark, or is a whole checkpoint, or nothing yet."""
+    with suppress(SllmError):
+        if not (folder / _MARK).exists():
+            check_replaceable(folder)
+        return True
+    return False
+
+
 def _make_locked(parent: Path) -> tuple[Path, int]:
     """Return a new folder and the descriptor that holds its lock. Raises OSError."""
     while True:
@@ -148,16 +177,36 @@ def _make_locked(parent: Path) -> tuple[Path, int]:
         path.mkdir()
         fd = _locked(path)
         if fd is not None:
+            _mark(path, fd)
             return path, fd
         # Another writer took it for a leftover before we had the lock.
 
 
-def _remove_if_left(path: Path) -> None:
+def _mark(path: Path, lock: int) -> None:
+    """Mark a new folder, or leave nothing. Raises OSError."""
+    try:
+        (path / _MARK).touch()
+    except OSError:
+        remove_tree(path)
+        os.close(lock)
+        raise
+
+
+def _remove_if_left(path: Path, anything: bool) -> None:
     with suppress(OSError):
         fd = _locked(path)
         if fd is not None:
-            remove_tree(path)
+            if anything or _is_writers(path):
+                remove_tree(path)
             os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _locked(path: Path) -> int | None:
@@ -190,7 +239,7 @@ def _rename(path: Path, destination: Path, flags: int) -> None:
     number = ctypes.get_errno()
     if number not in (errno.EINVAL, errno.ENOSYS):
         raise OSError(number, os.strerror(number), str(destination))
-    if flags == _RENAME_NOREPLACE and destination.exists():
+    if flags == _RENAME_NOREPLACE and os.path.lexists(destination):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
     if flags == _RENAME_EXCHANGE:
         aside = temporary_name(path.parent)

@@ -55,6 +55,56 @@ def test_nothing_of_others_is_taken_for_a_leftover(tmp_path: Path, name: str, ma
     assert left(tmp_path) == [name]
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", '{"format":"sllm-checkpoint","version":2,\n'], ids=["other", "later version"]
+)
+def test_a_leftover_with_what_no_writer_makes_stays(tmp_path: Path, content: str) -> None:
+    left_over = tmp_path / ".sllm-tmp-0123456789ab"
+    left_over.mkdir()
+    (left_over / "manifest.json").write_text(content)
+    remove_leftovers(tmp_path)
+    assert left(left_over) == ["manifest.json"]
+    remove_leftovers(tmp_path, anything=True)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "partition-000.bin"])
+def test_what_a_writer_had_begun_is_a_leftover_when_it_has_ended(tmp_path: Path, name: str) -> None:
+    work = WorkFolder(tmp_path / "c")
+    (work.path / name).touch()
+    remove_leftovers(tmp_path)
+    assert work.path.exists()
+    work.close()
+    remove_leftovers(tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_a_whole_checkpoint_that_was_exchanged_and_not_deleted_is_a_leftover(model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "c")
+    (tmp_path / "c").rename(temporary_name(tmp_path))
+    remove_leftovers(tmp_path)
+    assert left(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"name": "app"}', '{"format":"other",\n"x":1}', "[" * 100_000])
+def test_a_folder_with_a_manifest_of_something_else_is_not_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "manifest.json").write_text(content)
+    with pytest.raises(Conflict, match=r"no manifest.json of format sllm-checkpoint"):
+        write(tmp_path / "c", publish=True)
+    assert left(tmp_path / "c") == ["manifest.json"]
+
+
+@pytest.mark.parametrize("target", ["kept", "nowhere"])
+def test_a_link_in_the_way_of_who_owns_the_folder_is_replaced_and_not_followed(tmp_path: Path, target: str) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "thesis.txt").touch()
+    (tmp_path / "c").symlink_to(target)
+    write(tmp_path / "c", publish=True, replace_anything=True)
+    assert not (tmp_path / "c").is_symlink()
+    assert (left(tmp_path), left(tmp_path / "c"), left(tmp_path / "kept")) == (["c", "kept"], ["new"], ["thesis.txt"])
+
+
 def test_a_link_by_the_name_of_a_leftover_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / ".sllm-tmp-0123456789ab").symlink_to("kept")

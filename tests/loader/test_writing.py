@@ -155,7 +155,8 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, there: str) -> No
 
 def test_a_damaged_checkpoint_and_an_empty_folder_are_replaced(tmp_path: Path) -> None:
     write(tmp_path / "c", b"")
-    (tmp_path / "c" / "manifest.json").write_text("{}")
+    with (tmp_path / "c" / "manifest.json").open("ab") as manifest:
+        manifest.write(b"damage")
     (tmp_path / "empty").mkdir()
     for name in ("c", "empty"):
         write(tmp_path / name, noise(PAGE_BYTES))
@@ -187,6 +188,7 @@ def test_what_a_crash_left_is_removed_and_what_another_writes_is_not(tmp_path: P
     for folder in (dead, alive, alien):
         folder.mkdir()
         (folder / "part").write_text("x")
+        (folder / ".sllm-writer").touch()
     lock = os.open(alive, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     write(tmp_path / "c", b"")
