@@ -21,7 +21,7 @@ from sllm.agent.store.protocol import Damaged, Loaded, Priority
 from sllm.core.node import LoadReport
 from sllm.core.residency import Tier, TierUsage
 from sllm.core.runtime_layout import CHECKPOINT
-from sllm.errors import SllmError
+from sllm.errors import DeadlineExceeded, SllmError
 from sllm.loader.memory.table import Entry, EntryState
 from sllm.loader.runtime_layouts import RuntimeLayout
 from sllm.loader.store import SsdStore, StoredCheckpoint
@@ -96,7 +96,7 @@ class Weights:
 
     @property
     def usage(self) -> TierUsage:
-        used_bytes = sum(entry.held_bytes for entry in self._entries)
+        used_bytes = sum(entry.held_bytes for entry in self._entries) + self._process.kept_back_bytes
         return TierUsage(tier=Tier.DRAM, capacity_bytes=self._process.size_bytes, used_bytes=used_bytes)
 
     @property
@@ -166,7 +166,12 @@ class Weights:
         )
 
     async def _open(self, wanted: Wanted) -> Granted:
-        return await self._asked(lambda client: client.open(wanted))
+        """The deadline is kept here too: there may be no store process to keep it."""
+        try:
+            async with asyncio.timeout(wanted.deadline_s or None):
+                return await self._asked(lambda client: client.open(wanted))
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{wanted.folder} was not loaded within {wanted.deadline_s:g} s") from error
 
     async def _asked(self, question: Callable[[StoreClient], Awaitable[T]]) -> T:
         """Ask the store process, and if it dies the next one. Raises Died when that goes on."""

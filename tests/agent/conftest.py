@@ -128,6 +128,7 @@ class NodeInTest:
     warm: FakeWarm
     devices: FakeDevices
     reading: Reading
+    store_process: FakeStore
 
     async def add(self, model: Path, name: str = "demo") -> str:
         """Add a checkpoint and return its digest."""
@@ -177,16 +178,17 @@ async def make_node(tmp_path: Path) -> AsyncIterator[Callable[..., NodeInTest]]:
         }
         config = configs.check(values, AgentConfig, origin="test")
         warm, source, changes, reading = FakeWarm(), FakeDevices(devices, memory_bytes), Changes(), Reading()
+        store_process = FakeStore(dram_bytes, open_source=reading.open)
         local = LocalNode(
             config,
             None,
             prepare(config.state_dir),
-            store_process=FakeStore(dram_bytes, open_source=reading.open),
+            store_process=store_process,
             devices=source,
             warm=warm,
             changes=changes,
         )
-        made.append(NodeInTest(local, warm, source, reading))
+        made.append(NodeInTest(local, warm, source, reading, store_process))
         return made[-1]
 
     yield make

@@ -267,6 +267,17 @@ async def test_a_start_does_not_wait_for_its_turn_beyond_its_limit(
     assert node.warm.hosts == []
 
 
+async def test_a_start_does_not_wait_for_a_store_process_beyond_its_limit(
+    make_node: MakeNode, make_spec: MakeSpec, model: Path
+) -> None:
+    node = make_node(start_timeout_s=0.2)
+    digest = await node.add(model)
+    node.store_process.is_silent = True
+    node.local.replicas.start(make_spec(digest))
+    await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
+    assert node.status().error_reason == "DEADLINE_EXCEEDED"
+
+
 async def test_commands_are_fenced_and_may_be_repeated(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:
     node = make_node(devices=2)
     digest = await node.add(model)

@@ -70,6 +70,18 @@ async def test_the_node_says_what_is_loading_and_what_is_in_memory(make_node: Ma
     assert (usage.tier, usage.capacity_bytes, usage.used_bytes) == (Tier.DRAM, 256 << 20, 8 << 20)
 
 
+async def test_memory_that_a_host_has_of_a_checkpoint_that_is_gone_counts_as_used(
+    make_node: MakeNode, model: Path
+) -> None:
+    node = make_node()
+    digest = await node.add(model)
+    async with node.local.weights.granted(node.local.store.with_digest(digest)) as granted:
+        await fed(granted.feed_fd)
+        node.local.weights.forget(digest)
+        await node.until(lambda: node.local.weights.in_memory == () and node.store_process.kept_back_bytes)
+        assert node.local.weights.usage.used_bytes == 8 << 20
+
+
 async def test_each_load_is_reported_with_what_it_took(make_node: MakeNode, make_model: MakeModel, model: Path) -> None:
     node = make_node(dram_bytes=16 << 20)
     digests = [await node.add(model), await node.add(make_model("other", 5 << 20), "other")]

@@ -18,6 +18,10 @@ class StoreRunner(Protocol):
     def entries(self) -> tuple[Entry, ...]: ...
 
     @property
+    def kept_back_bytes(self) -> int:
+        """Bytes of the pool that are leased though their entry is gone."""
+
+    @property
     def is_there(self) -> bool:
         """False while there is no store process: then `entries` is what the next one will try to keep."""
 

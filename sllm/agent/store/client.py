@@ -58,17 +58,19 @@ class Died(Unavailable):
 
 
 class StoreClient:
-    """Takes over `sock`. `entries` mirrors the pool's table, by generation; `pool_fd` is the pool's descriptor, from
-    the welcome on; both are still there after the store process has died."""
+    """Takes over `sock`. `entries` mirrors the pool's table, by generation, and `kept_back_bytes` is its; `pool_fd` is
+    the pool's descriptor, from the welcome on; all are still there after the store process has died."""
 
     def __init__(self, sock: socket.socket, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
         self.entries: dict[int, Entry] = {}
+        self.kept_back_bytes = 0
         self.pool_fd = -1
         self._listener = listener
         self._ids = itertools.count(1)
         self._welcome: asyncio.Future[protocol.Welcome] = loop.create_future()
         self._closed: asyncio.Future[None] = loop.create_future()
+        self._pongs: list[asyncio.Future[None]] = []
         self._grants: dict[int, asyncio.Future[Granted]] = {}
         self._verifications: dict[int, tuple[asyncio.Future[None], Callable[[int, int], None]]] = {}
         self._channel = Channel(sock, self._take, self._end)
@@ -136,9 +138,19 @@ class StoreClient:
     def forget(self, digest: str) -> None:
         self._channel.send(protocol.Forget(digest=digest))
 
-    def quit(self) -> None:
-        """Tell the process to end."""
-        self._channel.send(protocol.Quit())
+    def ping(self) -> asyncio.Future[None]:
+        """Ask for a sign of life. What is returned is done when it has come; it fails with Died."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._channel.closed:
+            _fail(answer, _died())
+        else:
+            self._pongs.append(answer)
+            self._channel.send(protocol.Ping())
+        return answer
+
+    def quit(self, *, keep: bool) -> None:
+        """Tell the process to end, and whether another is to take over the pool."""
+        self._channel.send(protocol.Quit(keep=keep))
 
     def close(self) -> None:
         """Leave it running. `pool_fd` is closed with this."""
@@ -164,19 +176,21 @@ class StoreClient:
                 self._verifications[message.id][1](message.done_bytes, message.total_bytes)
             case protocol.Verified() if message.id in self._verifications:
                 _set(self._verifications[message.id][0], None)
+            case protocol.Pong() if self._pongs:
+                _set(self._pongs.pop(0), None)
             case _:
                 close_all(fds)
                 self._take_news(message)
 
     def _take_news(self, message: Message) -> None:
         match message:
+            case protocol.Holdings():
+                self.kept_back_bytes = message.kept_back_bytes
+                self._take_entries(message.entries)
             case protocol.Holds():
-                try:
-                    entry = protocol.entry_from(message.entry)
-                except Malformed:
-                    self._channel.end()
-                    return
-                self.entries[entry.generation] = entry
+                self._take_entries([message.entry])
+            case protocol.Kept():
+                self.kept_back_bytes = message.kept_back_bytes
                 self._listener.changed()
             case protocol.Gone():
                 self.entries.pop(message.generation, None)
@@ -187,6 +201,15 @@ class StoreClient:
                 self._listener.damaged(message)
             case _:
                 pass  # the answer to what was called off
+
+    def _take_entries(self, rows: list[dict[str, Any]]) -> None:
+        try:
+            entries = [protocol.entry_from(values) for values in rows]
+        except Malformed:
+            self._channel.end()
+            return
+        self.entries.update((entry.generation, entry) for entry in entries)
+        self._listener.changed()
 
     def _take_welcome(self, message: protocol.Welcome, fds: list[int]) -> None:
         if len(fds) == 1 and self.pool_fd < 0:
@@ -220,7 +243,7 @@ class StoreClient:
 
     def _end(self) -> None:
         _set(self._closed, None)
-        waiting: list[asyncio.Future[Any]] = [self._welcome, *self._grants.values()]
+        waiting: list[asyncio.Future[Any]] = [self._welcome, *self._grants.values(), *self._pongs]
         for answer in (*waiting, *(answer for answer, _ in self._verifications.values())):
             _fail(answer, _died())
         self._listener.changed()

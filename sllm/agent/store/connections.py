@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from sllm.agent.store.channel import Channel
 from sllm.agent.store.protocol import Message
@@ -58,10 +58,9 @@ class Connections:
         if self._alone is not None:
             self._alone.cancel()
 
-    def greet(self, client: Channel, messages: Sequence[Message], welcome: Message, pool_fd: int) -> None:
+    def greet(self, client: Channel, holdings: Message, welcome: Message, pool_fd: int) -> None:
         """Tell an agent what there is; from now on it hears what `tell` says."""
-        for message in messages:
-            client.send(message)
+        client.send(holdings)
         client.send(welcome, (pool_fd,))
         self._greeted.append(client)
 

@@ -24,6 +24,7 @@ class Content:
         self.pool = pool
         self.table = table
         self.tell = tell
+        self._told_kept_bytes = table.kept_back_bytes
 
     def take(self, request: Open, manifest: Manifest, awaited: Container[int]) -> Entry:
         """Take memory for a partition, or for a ring where there is too little; what must go for it goes.
@@ -47,6 +48,7 @@ class Content:
             now=time.monotonic(),
         )
         self.tell(protocol.Holds(entry=entry.as_json()))
+        self._tell_kept()
         return entry
 
     def use(self, entry: Entry) -> None:
@@ -61,6 +63,18 @@ class Content:
         """Forget it. Memory that is leased is given to nobody while it is."""
         self.table.drop(entry.generation, self.pool.leased)
         self.tell(protocol.Gone(generation=entry.generation))
+        self._tell_kept()
+
+    def look(self) -> None:
+        """See whether leases have ended since, which nobody tells, on memory whose entry is gone."""
+        self.table.reclaim(self.pool.leased)
+        self._tell_kept()
+
+    def _tell_kept(self) -> None:
+        kept_bytes = self.table.kept_back_bytes
+        if kept_bytes != self._told_kept_bytes:
+            self._told_kept_bytes = kept_bytes
+            self.tell(protocol.Kept(kept_back_bytes=kept_bytes))
 
     def _room(self, size_bytes: int, chunk_bytes: int, awaited: Container[int]) -> tuple[int, tuple[Entry, ...]]:
         """Return for how many chunks there is room, and what must go for it."""

@@ -19,7 +19,7 @@ from sllm.loader.storage.direct import DirectFile
 
 class FakeStore:
     """Reads real files, or what `open_source` says, into a real, small pool; or into that of the one `before`, which it
-    takes over as it does what that one held."""
+    takes over as it does what that one held. `is_silent`: whoever asks for it now waits for ever."""
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class FakeStore:
         before: FakeStore | None = None,
         is_intact: IsIntact | None = None,
     ) -> None:
+        self.is_silent = False
         if before is None:
             self._pool = SharedPool.create(size_bytes, hugepages=False)
         else:
@@ -49,6 +50,10 @@ class FakeStore:
     @property
     def entries(self) -> tuple[Entry, ...]:
         return tuple(self._client.entries.values()) if self._client else ()
+
+    @property
+    def kept_back_bytes(self) -> int:
+        return self._client.kept_back_bytes if self._client else 0
 
     @property
     def is_there(self) -> bool:
@@ -71,6 +76,8 @@ class FakeStore:
 
     async def client(self) -> StoreClient:
         assert self._client is not None
+        if self.is_silent:
+            await asyncio.Future()
         await self._client.welcome()
         return self._client
 

@@ -73,6 +73,8 @@ async def _run(options: argparse.Namespace) -> None:
     finally:
         stopped.set()
         server.close()
+    if not server.keeps:
+        pool.give_up()
 
 
 def _pool(options: argparse.Namespace) -> tuple[SharedPool, Table]:

@@ -43,7 +43,8 @@ _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
     """`size_bytes` is the pool's; with `any_size` one that is found may have another. A process that takes longer than
-    `welcome_s` to answer is ended. `environment` is added to it."""
+    `welcome_s` to greet, or later than `silent_s` to answer the ping of every `ping_s`, is ended. `environment` is
+    added to it."""
 
     size_bytes: int
     any_size: bool
@@ -53,6 +54,8 @@ class StoreOptions:
     threads: int
     grace_s: float
     welcome_s: float = 20.0
+    ping_s: float = 3.0
+    silent_s: float = 10.0
     environment: dict[str, str] = field(default_factory=dict)
 
     def arguments(self) -> tuple[str, ...]:
@@ -87,6 +90,10 @@ class StoreProcess:
         return tuple(self._last.entries.values()) if self._last else ()
 
     @property
+    def kept_back_bytes(self) -> int:
+        return self._last.kept_back_bytes if self._last else 0
+
+    @property
     def is_there(self) -> bool:
         return self._client is not None and self._client.done()
 
@@ -97,6 +104,8 @@ class StoreProcess:
 
     async def client(self) -> StoreClient:
         assert self._client is not None
+        if self._last is not None and self._last.is_closed:
+            self._await_next()  # its end is known here before the supervisor has seen to it
         return await asyncio.shield(self._client)
 
     async def close(self, *, stop: bool) -> None:
@@ -107,7 +116,7 @@ class StoreProcess:
         if self._client is not None:
             self._client.cancel()
         if stop:
-            await self._end(self._last)
+            await self._end(self._last, keep=False)
         if self._last is not None:
             self._last.close()
             self._last = None
@@ -143,7 +152,7 @@ class StoreProcess:
         self._keep(client, welcome.pid)
         if not self._suits(welcome):
             log.warning("the store process found is of another version or size: it is replaced")
-            await self._end(client)
+            await self._end(client, keep=self._can_be_inherited(client))
             return True
         await self._serve(client, welcome)
         return True
@@ -189,12 +198,32 @@ class StoreProcess:
         self._client.set_result(client)
         self._changed()
         try:
-            await client.closed()
+            await self._attend(client)
             log.error("the store process ended; what it had in memory is verified by the next one")
             await self._reaped()
         finally:
-            self._client = asyncio.get_running_loop().create_future()
+            self._await_next()
             self._changed()
+
+    def _await_next(self) -> None:
+        """Let those who ask from now on wait for the next process; some may already."""
+        if self._client is not None and self._client.done():
+            self._client = asyncio.get_running_loop().create_future()
+
+    async def _attend(self, client: StoreClient) -> None:
+        """Return when the process is gone, which one that no longer answers is made to be."""
+        closed = asyncio.create_task(client.closed())
+        try:
+            while not closed.done():
+                pong = client.ping()
+                # Not a timeout: when this process was stopped itself, an answer that has come counts.
+                await asyncio.wait({closed, pong}, timeout=self._options.silent_s, return_when=asyncio.FIRST_COMPLETED)
+                if not pong.done() and not closed.done():
+                    log.error("the store process has not answered for %g s: it is ended", self._options.silent_s)
+                    await self._kill()
+                await asyncio.wait({closed}, timeout=self._options.ping_s)
+        finally:
+            closed.cancel()
 
     async def _reaped(self) -> None:
         """Wait until a process is gone whose connection has ended; one that lives on is connected to again."""
@@ -237,9 +266,12 @@ class StoreProcess:
     def _inheritance(self) -> tuple[int, ...]:
         """Return the descriptors of pool and table that the next process is to take over, if there are any."""
         last = self._last
-        if last is None or last.pool_fd < 0 or os.fstat(last.pool_fd).st_size != self._wanted_size():
+        if last is None or not self._can_be_inherited(last):
             return ()
         return last.pool_fd, memfd_with("sllm-table", protocol.table_bytes(last.entries.values()))
+
+    def _can_be_inherited(self, client: StoreClient) -> bool:
+        return client.pool_fd >= 0 and os.fstat(client.pool_fd).st_size == self._wanted_size()
 
     def _wanted_size(self) -> int:
         return self._size_bytes if self._options.any_size else self._options.size_bytes
@@ -269,10 +301,10 @@ class StoreProcess:
         self._process = ForkedHost.open(pid, on_end=lambda: self._children.disown(pid))
         (self._folder / _PID).write_text(f"{pid} {start_ticks(pid) or 0}", encoding="ascii")
 
-    async def _end(self, client: StoreClient | None) -> None:
-        """End the process, whoever spawned it: by its connection, if it has one."""
+    async def _end(self, client: StoreClient | None, *, keep: bool) -> None:
+        """End the process, whoever spawned it: by its connection, if it has one. `keep`: its pool is taken over."""
         if client is not None and not client.is_closed:
-            client.quit()
+            client.quit(keep=keep)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_S):
                     await client.closed()

@@ -5,14 +5,16 @@ the message says so. A packet that is not of this form is a `Malformed`, never m
 
     agent                                     store process
       Hello ------------------------------------->
-      <------------------------- Holds, one per entry
+      <----------------------------------- Holdings
       <------------------------------------- Welcome   + descriptor of the pool, for reading and writing
       Open --------------------------------------->    (Abandon calls it off while it has no answer)
       <------------------------------ Granted or Refused     Granted: + lease, feed (sllm.core.grant)
       Verify ------------------------------------->
       <-------------------- Verifying..., Verified or Refused
+      Ping --------------------------------------->    every few seconds: one that is silent has hung
+      <---------------------------------------- Pong
       Forget, Quit ------------------------------->
-      <----------------- Holds, Gone, Loaded, Damaged, at any time
+      <----------- Holds, Gone, Kept, Loaded, Damaged, at any time
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from sllm.core.grant import Extent, Grant
 from sllm.loader.memory.table import Entry
 from sllm.version import VERSION
 
-_PROTOCOL = 1
+_PROTOCOL = 2
 RELEASE = f"{VERSION}/{_PROTOCOL}"  # a store process of another one is replaced, its content taken over
 MAX_PACKET_BYTES = 64 << 10  # what is larger goes in a memfd, see `channel`
 
@@ -87,6 +89,18 @@ class Verify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quit:
+    """End. With `keep` the next process takes the pool over; otherwise its memory goes, but for what is leased."""
+
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
     pass
 
 
@@ -96,6 +110,21 @@ class Welcome:
     size_bytes: int
     huge: bool
     pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """All entries of the pool, and how much is kept back as Kept says: one message, however many there are."""
+
+    entries: list[dict[str, Any]]
+    kept_back_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """So many bytes of the pool are leased though their entry is gone, as far as was looked."""
+
+    kept_back_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +195,12 @@ Message = (
     | Forget
     | Verify
     | Quit
+    | Ping
+    | Pong
     | Welcome
+    | Holdings
     | Holds
+    | Kept
     | Gone
     | Granted
     | Refused
@@ -178,7 +211,7 @@ Message = (
 )
 _KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in Message.__args__}
 _HINTS = {kind: get_type_hints(kind) for kind in _KINDS.values()}
-_PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
+_PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,), list[dict[str, Any]]: (list,)}
 
 
 def encode(message: Message) -> bytes:

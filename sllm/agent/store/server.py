@@ -18,7 +18,7 @@ from sllm.agent.store.content import Content
 from sllm.agent.store.inherited import Inherited, IsIntact
 from sllm.agent.store.load import OpenSource
 from sllm.agent.store.loads import Loads
-from sllm.agent.store.protocol import Abandon, Forget, Hello, Message, Open, Quit, Verify
+from sllm.agent.store.protocol import Abandon, Forget, Hello, Message, Open, Ping, Pong, Quit, Verify
 from sllm.agent.store.quiet import Quiet
 from sllm.agent.store.verification import Verifications
 from sllm.loader.memory.shared import SharedPool
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """`quit` is set when an agent says so, or when none has been there for `grace_s`. `threads` read from what
+    """`quit` is set when an agent says so, or when none has been there for `grace_s`; `keeps` tells then whether the
+    pool will be taken over. `threads` read from what
     `open_source` opens; `is_intact` says whether memory that was inherited may be used."""
 
     def __init__(
@@ -43,6 +44,7 @@ class Server:
         is_intact: IsIntact | None = None,
     ) -> None:
         self.quit = asyncio.Event()
+        self.keeps = False
         self._grace_s = grace_s
         self._connections = Connections(
             grace_s=grace_s, on_message=self._take, on_lost=self._lose, on_alone=self._give_up
@@ -94,7 +96,11 @@ class Server:
                 self._forget(message.digest)
             case Verify():
                 self._verifications.begin(client, message)
+            case Ping():
+                self._content.look()
+                client.send(Pong())
             case Quit():
+                self.keeps = message.keep
                 self.quit.set()
             case _:
                 log.warning("an agent sent %s, which is ours to send", type(message).__name__)
@@ -113,12 +119,14 @@ class Server:
         self.quit.set()
 
     def _greet(self, client: Channel) -> None:
-        pool, entries = self._content.pool, self._content.table.entries
+        pool, table = self._content.pool, self._content.table
         welcome = protocol.Welcome(
             release=protocol.RELEASE, size_bytes=pool.size_bytes, huge=pool.huge, pid=os.getpid()
         )
-        holds = [protocol.Holds(entry=entry.as_json()) for entry in entries]
-        self._connections.greet(client, holds, welcome, os.dup(pool.fd))
+        holdings = protocol.Holdings(
+            entries=[entry.as_json() for entry in table.entries], kept_back_bytes=table.kept_back_bytes
+        )
+        self._connections.greet(client, holdings, welcome, os.dup(pool.fd))
 
     def _open(self, asker: Asker) -> None:
         """Answer at once, or when what is asked for is verified or has memory."""

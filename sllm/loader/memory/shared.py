@@ -39,6 +39,7 @@ class SharedPool:
         self.size_bytes = os.fstat(fd).st_size
         self.huge = os.fstat(fd).st_blksize >= _HUGE_PAGE_BYTES
         self._space = space.map_extents(fd, ((0, self.size_bytes),), shared=True)
+        self._filling = threading.Lock()
 
     @classmethod
     def create(cls, size_bytes: int, *, hugepages: bool) -> SharedPool:
@@ -83,15 +84,36 @@ class SharedPool:
         """True if anybody holds a lease on any byte of them."""
         return any(self._locked(extent) for extent in extents)
 
+    def give_up(self) -> None:
+        """Give the memory that nobody leases back to the machine: a single lease would keep all of the pool's.
+
+        The content is lost. Best effort: a warning in the log says what could not be done. Waits for `prefault`, which
+        is to be stopped before.
+        """
+        try:
+            with self._filling:
+                self._give_up(Extent(0, self.size_bytes))
+        except OSError as error:
+            log.warning("the pool's memory stays until the last lease on it ends: %s", error)
+
+    def _give_up(self, extent: Extent) -> None:
+        if not self._locked(extent):
+            space.punch(self.fd, *extent)
+        elif extent.size_bytes > POOL_BLOCK_BYTES:  # only part of it may be
+            half = extent.size_bytes // POOL_BLOCK_BYTES // 2 * POOL_BLOCK_BYTES
+            self._give_up(Extent(extent.offset, half))
+            self._give_up(Extent(extent.offset + half, extent.size_bytes - half))
+
     def prefault(self, *, lock: bool, stopped: threading.Event) -> None:
         """Fill all pages, so that no read waits for memory, and then keep them from being paged out if `lock`.
 
         Best effort: a warning in the log says what could not be done. It may take seconds per GB: give it a thread.
         """
         try:
-            space.populate(self._space, write=True, stopped=stopped.is_set)
-            if lock and not self.huge and not stopped.is_set():  # huge pages are never paged out
-                space.lock(self._space)
+            with self._filling:
+                space.populate(self._space, write=True, stopped=stopped.is_set)
+                if lock and not self.huge and not stopped.is_set():  # huge pages are never paged out
+                    space.lock(self._space)
         except OSError as error:
             log.warning("the pool's memory comes as it is used, or may be paged out: %s%s", error, _why(error))
 

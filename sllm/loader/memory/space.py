@@ -32,6 +32,7 @@ _MAP_NORESERVE = 0x4000
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # Linux 5.14; mmap has names for these from Python 3.13 on only
 _MADV_POPULATE_WRITE = 23
+_FALLOC_PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE needs FALLOC_FL_KEEP_SIZE
 _PROT_NONE = 0
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _FAILED = ctypes.c_void_p(-1).value
@@ -49,6 +50,7 @@ _libc.mmap.argtypes = (
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,12 @@ def lock(space: Space) -> None:
     """
     if _libc.mlock(space.address, space.size_bytes) != 0:
         _fail(f"mlock of {space.size_bytes} bytes")
+
+
+def punch(fd: int, offset: int, size_bytes: int) -> None:
+    """Take the pages of a memfd away, wherever they are mapped: what is read there next is zeros. Raises OSError."""
+    if _libc.fallocate(fd, _FALLOC_PUNCH, offset, size_bytes) != 0:
+        _fail(f"fallocate of {size_bytes} bytes")
 
 
 def _aligned(size_bytes: int, protection: int) -> tuple[int, int]:

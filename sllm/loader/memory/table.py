@@ -125,6 +125,11 @@ class Table:
     def free_bytes(self) -> int:
         return self._free.size_bytes
 
+    @property
+    def kept_back_bytes(self) -> int:
+        """Bytes that belong to no entry and were leased when last asked."""
+        return sum(extent.size_bytes for extent in self._kept_back)
+
     def find(self, digest: str, partition: int) -> Entry | None:
         """Return the entry that others may use; a ring is none."""
         for entry in self._entries.values():

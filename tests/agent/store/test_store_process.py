@@ -280,6 +280,50 @@ async def test_one_that_hangs_is_replaced_when_the_next_agent_comes(make_process
     assert again.pid != pid
 
 
+async def test_one_that_hangs_is_replaced_and_the_next_one_has_its_pool(
+    make_process: Make, make_checkpoint: Make
+) -> None:
+    store, made = make_process(ping_s=0.1, silent_s=2.0), make_checkpoint()
+    before = await store.load(made)
+    pid = store.pid
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(Died):
+        async with asyncio.timeout(30):
+            await (await store.client()).open(made.wanted())
+    after = await store.load(made)
+    assert start_ticks(pid) is None
+    assert after.grant.generation == before.grant.generation
+    assert content_of(after) == content_of(before) == made.data
+    assert len(store.recorder.loads) == 1
+
+
+async def test_one_that_is_replaced_leaves_its_pool_to_the_next(make_process: Make, make_checkpoint: Make) -> None:
+    store, made = make_process(), make_checkpoint()
+    os.close((await store.load(made)).lease_fd)
+    pid, client = store.pid, await store.client()
+    client.quit(keep=True)
+    await client.closed()
+    await ended(pid)
+    os.close((await store.load(made)).lease_fd)
+    assert store.pid != pid
+    assert len(store.recorder.loads) == 1
+
+
+@pytest.mark.parametrize("how", ["stopped", "alone"])
+async def test_a_pool_that_is_given_up_keeps_only_what_is_leased(
+    make_process: Make, make_checkpoint: Make, how: str
+) -> None:
+    store = make_process(grace_s=0.2, prefault=True)
+    leased, other = make_checkpoint("leased"), make_checkpoint("other")
+    lease = await store.load(leased)
+    os.close((await store.load(other)).lease_fd)
+    pid = store.pid
+    await store.process.close(stop=how == "stopped")
+    await ended(pid)
+    assert os.fstat(lease.lease_fd).st_blocks * 512 == POOL_BLOCK_BYTES
+    assert content_of(lease) == leased.data
+
+
 async def test_it_stays_when_somebody_speaks_nonsense(
     make_process: Make, make_checkpoint: Make, tmp_path: Path
 ) -> None:

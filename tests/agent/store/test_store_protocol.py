@@ -52,7 +52,11 @@ MESSAGES = st.one_of(
     ),
     st.builds(protocol.Abandon, id=COUNTS),
     st.builds(protocol.Verify, id=COUNTS, digest=TEXTS, folder=TEXTS, deep=st.booleans()),
-    st.builds(protocol.Quit),
+    st.builds(protocol.Quit, keep=st.booleans()),
+    st.builds(protocol.Ping),
+    st.builds(protocol.Pong),
+    st.builds(protocol.Kept, kept_back_bytes=COUNTS),
+    st.builds(protocol.Holdings, entries=st.lists(st.dictionaries(TEXTS, COUNTS)), kept_back_bytes=COUNTS),
     st.builds(protocol.Welcome, release=TEXTS, size_bytes=COUNTS, huge=st.booleans(), pid=COUNTS),
     st.builds(protocol.Refused, id=COUNTS, reason=TEXTS, message=TEXTS, hint=TEXTS),
     st.builds(protocol.Loaded, checkpoint=TEXTS, size_bytes=COUNTS, queue_s=st.floats(0, 10), read_s=st.floats(0, 10)),
@@ -178,7 +182,7 @@ async def test_the_end_of_the_other_end_is_told_once() -> None:
     ours, theirs = pair()
     one = End(ours)
     theirs.close()
-    one.channel.send(protocol.Quit())
+    one.channel.send(protocol.Ping())
     async with asyncio.timeout(10):
         await one.ended.wait()
     assert one.channel.closed

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from agent.store.conftest import MIB, Feed, Made, content_of, copied_out
+from agent.store.conftest import MIB, Feed, Made, Recorder, content_of, copied_out
 
+from sllm.agent.store.client import StoreClient
 from sllm.agent.store.protocol import Priority
+from sllm.agent.store.server import Server
 from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.errors import (
     ChunkCorrupt,
@@ -25,7 +28,8 @@ from sllm.errors import (
     SllmError,
     Unavailable,
 )
-from sllm.loader.memory.table import EntryState
+from sllm.loader.memory.shared import SharedPool
+from sllm.loader.memory.table import EntryState, Table
 
 Make = Callable[..., Any]
 
@@ -519,3 +523,47 @@ async def test_who_leaves_while_a_load_is_being_called_off_begins_no_other(
     await store.recorder.until(lambda: not store.entries)
     await store.load(make_checkpoint("last"))
     assert store.disk.opens == ["demo", "last"]
+
+
+async def test_an_agent_is_told_of_more_entries_than_it_could_be_sent_messages(make_checkpoint: Make) -> None:
+    count = 5000
+    pool = SharedPool.create(count * POOL_BLOCK_BYTES, hugepages=False)
+    table = Table(pool.size_bytes, 1)
+    for number in range(count):
+        table.add(
+            digest=f"sha256:{number}",
+            partition=0,
+            checkpoint=f"sha256:{number}",
+            folder="/nowhere",
+            size_bytes=MIB,
+            chunk_bytes=MIB,
+            slots=1,
+            now=0.0,
+        )
+    server = Server(pool, table, threads=1, grace_s=60.0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.accept(theirs)
+    client = StoreClient(ours, Recorder())
+    try:
+        async with asyncio.timeout(30):
+            await client.welcome()
+        assert tuple(client.entries.values()) == table.entries
+    finally:
+        client.close()
+        server.close()
+        os.close(pool.fd)
+
+
+async def test_what_is_leased_though_its_entry_is_gone_is_told_until_a_ping_finds_it_free(
+    make_store: Make, make_checkpoint: Make
+) -> None:
+    store, made = await make_store(), make_checkpoint()
+    granted = await store.load(made)
+    store.client.forget(made.digest)
+    await store.recorder.until(lambda: store.store.kept_back_bytes)
+    assert (store.entries, store.store.kept_back_bytes) == ([], POOL_BLOCK_BYTES)
+    await store.client.ping()
+    assert store.store.kept_back_bytes == POOL_BLOCK_BYTES
+    os.close(granted.lease_fd)
+    await store.client.ping()
+    assert store.store.kept_back_bytes == 0
