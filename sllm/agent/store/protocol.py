@@ -236,6 +236,8 @@ def _check(hint: Any, value: Any) -> None:
     kinds = _PLAIN.get(hint, (dict,))
     if type(value) not in kinds or (type(value) is int and abs(value) >= 1 << 63):
         raise ValueError(f"{str(value)[:40]!r} is no {hint}")
+    if type(value) is list and any(type(row) is not dict for row in value):
+        raise ValueError("a list of what are no objects")
 
 
 def grant_of(entry: Entry, ready_chunks: int) -> dict[str, Any]:
