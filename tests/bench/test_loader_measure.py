@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 # On the path only for these imports: bench/gateway.py would hide the tests of that name from whoever comes later.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from loader_measure import PAGE_BYTES, Sample, digest, stretches, touch  # noqa: E402
-from loader_report import Goal, best_of, ratio  # noqa: E402
+from loader_measure import PAGE_BYTES, Sample, digest, stretches, touch
+from loader_report import Goal, best_of, ratio
 
 sys.path.pop()
 
