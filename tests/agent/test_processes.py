@@ -10,7 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from sllm.agent import tether
+from sllm import tether
 from sllm.agent.processes import open_process, reap
 from sllm.agent.warm.host import ForkedHost
 from sllm.linux import start_ticks
@@ -81,7 +81,7 @@ async def test_a_tethered_command_ends_with_its_parent(
 ) -> None:
     code = f"""
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, {tether.__file__!r}, str(os.getpid()), *{list(SLEEP)!r}])
+child = subprocess.Popen([sys.executable, {tether.__file__!r}, str(os.getpid()), "15", *{list(SLEEP)!r}])
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -94,6 +94,8 @@ time.sleep(60)
 
 
 def test_a_tether_does_not_start_a_command_whose_parent_is_gone() -> None:
-    done = subprocess.run([sys.executable, tether.__file__, "1", "/bin/echo", "never"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, tether.__file__, "1", "15", "/bin/echo", "never"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert done.stdout == ""

@@ -94,7 +94,7 @@ class TestMidStream:
         assert reason.encode() in body
         assert b"[DONE]" not in body
         assert not body.endswith(b"0\r\n\r\n"), "a body that ends properly is taken for a whole answer"
-        assert host.running == {}
+        await host.until_running(0)
 
     async def test_an_http_client_that_reads_no_events_notices_too(
         self, cluster: Any, a_route: Any, change: Any, reason: str

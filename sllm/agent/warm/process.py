@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sllm.agent import tether
 from sllm.agent.children import Children
 from sllm.agent.logs import tail_lines
 from sllm.agent.warm.base import HostFds, HostProcess
@@ -24,6 +23,7 @@ from sllm.agent.warm.host import ForkedHost
 from sllm.core.launch import Launch, WarmReady
 from sllm.errors import EngineFailed, InvalidConfiguration, SllmError
 from sllm.lifecycle import scratch_environment
+from sllm.tether import tethered
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,7 @@ class WarmProcess:
         output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
-                *self._make_command(fd),
+                *tethered(self._make_command(fd), signal.SIGTERM),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm.cli.local.kernel import dies_with_parent
 from sllm.cli.local.notifications import Notifications
 from sllm.cli.private_files import make_private_dir
 from sllm.errors import DeadlineExceeded, OperationFailed
+from sllm.tether import tethered
 
 Say = Callable[[str], None]
 
@@ -140,14 +140,13 @@ class Child:
         make_private_dir(self.program.log.parent)
         with self.program.log.open("ab") as log:
             return subprocess.Popen(
-                self.program.argv,
+                tethered(self.program.argv, signal.SIGKILL),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "NOTIFY_SOCKET": self._notifications.address},
                 # Ctrl-C in the terminal must reach only us: children are stopped one after the other.
                 start_new_session=True,
-                preexec_fn=dies_with_parent(),
             )
 
     def _heard(self, fields: Mapping[str, str]) -> None:
