@@ -30,8 +30,12 @@ def size_text(size_bytes: int) -> str:
 
 
 def time_text(seconds: float) -> str | None:
-    """Return a time since the epoch in ISO 8601 UTC; 0 means that it never happened: None."""
+    """Return a time since the epoch in ISO 8601 UTC; 0 means that it never happened: None, as is one
+    that no calendar has."""
     if seconds <= 0:
         return None
-    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    try:
+        text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError, OSError):
+        return None
     return text.replace("+00:00", "Z")

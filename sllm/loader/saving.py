@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from sllm.errors import UnknownDtype, UnsupportedCheckpoint
+from sllm.errors import InvalidArgument, UnknownDtype, UnsupportedCheckpoint
 from sllm.loader.dtypes import ITEM_BYTES
-from sllm.loader.format import Manifest, ModelFacts, Tensor, place, span_bytes
+from sllm.loader.format import LAYOUTS, Manifest, ModelFacts, Tensor, place, span_bytes
 from sllm.loader.writing import CheckpointWriter, Meter, PartitionWriter, Progress
 
 _MAX_ITEM_BYTES = 16  # of complex128: where a region begins modulo this is kept, so that every element stays aligned
@@ -29,7 +29,7 @@ class _View:
 
     name: str
     tensor: torch.Tensor
-    owner: tuple[str, int]
+    owner: tuple[str, int, int]
     begin: int
     end: int
 
@@ -68,8 +68,11 @@ def save(
     Tensors may be of any torch dtype that is not quantised, on any device, of any strides. A checkpoint at `path` is
     replaced in one step: readers see the old one or the new one. `progress(done_bytes, total_bytes)` is called for
     every chunk; `cancelled()` is asked as often. Raises UnknownDtype and UnsupportedCheckpoint for tensors that cannot
-    be stored, CapacityExceeded if the disk is full, Conflict if something else is at `path`, Cancelled.
+    be stored, InvalidArgument for what is no tensor, CapacityExceeded if the disk is full, Conflict if something else
+    is at `path`, Cancelled.
     """
+    if layout not in LAYOUTS or (layout == "runtime") is not bool(key):
+        raise InvalidArgument(f"layout {layout!r} with key {key!r}", hint="'hf' without a key, or 'runtime' with one")
     regions = _regions([_view(name, tensor) for name, tensor in tensors.items()])
     offsets, size_bytes = place(region.size_bytes for region in regions)
     files = execution_files or {}
@@ -93,6 +96,9 @@ def save(
 
 
 def _view(name: str, tensor: torch.Tensor) -> _View:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        kinds = f"{type(name).__name__} -> {type(tensor).__name__}"
+        raise InvalidArgument(f"{str(name)[:80]!r}: {kinds} cannot be saved", hint="give a dict of names to tensors")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type == "meta":
         raise UnsupportedCheckpoint(
             f"tensor {name[:80]!r} is sparse, quantised, nested or without data, and cannot be saved",
@@ -104,14 +110,16 @@ def _view(name: str, tensor: torch.Tensor) -> _View:
     plain = tensor.detach().resolve_conj().resolve_neg()
     begin = plain.storage_offset() * plain.itemsize
     span = span_bytes(dtype, tuple(plain.shape), plain.stride())
-    owner = (str(plain.device), plain.untyped_storage().data_ptr())
+    storage = plain.untyped_storage()
+    # With its length: of two storages that begin at one address, the longer one is not all in the shorter.
+    owner = (str(plain.device), storage.data_ptr(), storage.nbytes())
     return _View(name=name, tensor=plain, owner=owner, begin=begin, end=begin + span)
 
 
 def _regions(views: list[_View]) -> list[_Region]:
     """Return what to store, in the order of the tensors that come first in each."""
     order = {id(view): number for number, view in enumerate(views)}
-    by_owner: dict[tuple[str, int], list[_View]] = {}
+    by_owner: dict[tuple[str, int, int], list[_View]] = {}
     for view in views:
         by_owner.setdefault(view.owner, []).append(view)
     regions = [region for shared in by_owner.values() for region in _merged(shared)]

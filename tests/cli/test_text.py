@@ -90,3 +90,7 @@ def test_progress_lines_come_by_phase_and_by_tenth(capsys):
         "deploy demo: loading 100%",
         "deploy demo: building",
     ]
+
+
+def test_a_time_that_no_calendar_has_is_told_as_none():
+    assert time_text(1e17) is None

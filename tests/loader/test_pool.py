@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from sllm.errors import CapacityExceeded, Conflict
+from sllm.errors import CapacityExceeded, Conflict, InvalidArgument
 from sllm.loader.memory.pool import Allocation, Pool, fresh
 
 PAGE = 4096
@@ -163,3 +163,9 @@ def test_an_allocation_shows_no_bytes_when_printed() -> None:
         assert isinstance(made := pool.allocate(PAGE), Allocation)
         assert "buffer" not in repr(made)
         assert repr(pool) == f"Pool({PAGE}, used_bytes={PAGE})"
+
+
+@pytest.mark.parametrize("size_bytes", [0, -1, -(10**9)])
+def test_a_pool_of_nothing_is_refused(size_bytes: int) -> None:
+    with pytest.raises(InvalidArgument):
+        Pool(size_bytes)

@@ -223,3 +223,22 @@ def test_a_tensor_of_more_than_two_gigabytes_comes_back(tmp_path: Path) -> None:
     assert row.size_bytes == size
     assert len(set(manifest.partitions[0].chunks[1:-1])) == 1
     shutil.rmtree(tmp_path / "c")  # pytest would keep it
+
+
+def test_what_is_no_tensor_and_a_layout_without_its_key_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for wrong in ({"a": 1}, {1: torch.ones(1)}):
+        with pytest.raises(InvalidArgument):
+            save(wrong, tmp_path / "made")  # type: ignore[arg-type]
+    for layout, key in (("runtime", None), ("hf", {"a": "b"}), ("other", None)):
+        with pytest.raises(InvalidArgument):
+            save({"a": torch.ones(1)}, tmp_path / "made", layout=layout, key=key)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_storages_of_different_lengths_at_one_address_are_each_saved_whole(tmp_path: Path) -> None:
+    memory = bytearray(range(64))
+    short, long = (torch.frombuffer(memory, dtype=torch.uint8, count=count) for count in (16, 64))
+    save({"short": short, "long": long}, tmp_path / "made")
+    loaded = load(tmp_path / "made")
+    assert torch.equal(loaded["short"], short)
+    assert torch.equal(loaded["long"], long)

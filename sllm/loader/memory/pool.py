@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from sllm.core.grant import Extent
-from sllm.errors import CapacityExceeded, Conflict
+from sllm.errors import CapacityExceeded, Conflict, InvalidArgument
 from sllm.loader.format import PAGE_BYTES, round_up
 from sllm.loader.memory import space
 from sllm.loader.memory.extents import FreeSpace
@@ -43,10 +43,12 @@ class Pool:
     """
 
     def __init__(self, size_bytes: int) -> None:
+        if size_bytes <= 0:
+            raise InvalidArgument(f"a pool of {size_bytes} bytes holds nothing")
         self.size_bytes = round_up(size_bytes, PAGE_BYTES)
         self._space: Space | None = new_memory(self.size_bytes, present=True)
         self.unlocked_because = _lock(self._space)
-        whole = [Extent(0, self.size_bytes)] if self.size_bytes else []
+        whole = [Extent(0, self.size_bytes)]
         self._free = FreeSpace(whole, PAGE_BYTES)
         self._guard = threading.Lock()
         # Given back by finalizers, which may run in the middle of anything, this pool's own methods too: a deque needs
