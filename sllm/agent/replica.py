@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 from sllm.agent.hosts import EngineHost
@@ -27,7 +27,15 @@ from sllm.agent.weights import Weights
 from sllm.core.device import Device
 from sllm.core.launch import LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
-from sllm.errors import EngineFailed, ExecutionFileDamaged, InvalidCheckpoint, SllmError, StaleLayout, error_from
+from sllm.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    ExecutionFileDamaged,
+    InvalidCheckpoint,
+    SllmError,
+    StaleLayout,
+    error_from,
+)
 from sllm.loader.store import StoredCheckpoint
 from sllm.rpc.engine import HostStatus
 
@@ -68,6 +76,8 @@ class Replica:
         self._life: asyncio.Task[None] | None = None
         self._stop: asyncio.Task[None] | None = None
         self._detached = False
+        # The limit is on all that comes before it is ready, not on each step.
+        self._late_at = asyncio.get_running_loop().time() + self._limit_s
         self._from_runtime = False
         self._save_to = ""
         self._taking_in: asyncio.Task[None] | None = None  # what the host has saved
@@ -144,9 +154,24 @@ class Replica:
             log.exception("replica %s failed by a defect of the agent", self.spec.id)
             self._apply(Failed(error=SllmError(f"the agent failed to run it: {type(error).__name__}: {error}")))
 
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[asyncio.Timeout]:
+        """Give a step of the start what is left of the limit. Raises EngineFailed, for weights DeadlineExceeded."""
+        limit = asyncio.timeout_at(self._late_at)
+        try:
+            async with limit:
+                yield limit
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            phase = self.status.phase
+            late = DeadlineExceeded if phase is StartPhase.QUEUED else EngineFailed
+            raise late(f"the engine was not ready within {self._limit_s:g} s: still {phase.value}") from error
+
     async def _started(self, entry: StoredCheckpoint) -> None:
         """Run it from the layout that suits it best; from the original if that one turns out to be of no use."""
-        chosen = await self._layouts.choose(entry, self.spec, self._devices)
+        async with self._in_time():
+            chosen = await self._layouts.choose(entry, self.spec, self._devices)
         try:
             await self._run(entry, chosen)
         except (StaleLayout, InvalidCheckpoint) as error:
@@ -161,7 +186,9 @@ class Replica:
         checking = asyncio.create_task(self._layouts.check_execution_files(entry))  # while the load waits for its turn
         checking.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, also when nobody waits
         try:
-            await self._served(await self._forked(chosen, checking))
+            async with self._in_time():
+                host = await self._forked(chosen, checking)
+            await self._served(host)
         finally:
             checking.cancel()
             self._layouts.given_up(chosen)
@@ -169,16 +196,12 @@ class Replica:
     async def _forked(self, chosen: Chosen, checking: asyncio.Task[None]) -> EngineHost:
         """Return a host with a grant of its own, which lasts as long as the host does; forked after `checking`.
 
-        Raises DeadlineExceeded if the load's turn does not come within the limit of a start, and what `checking` does.
+        Raises DeadlineExceeded if the load's turn does not come in time, and what `checking` does.
         """
-        async with self._weights.granted(chosen.stored, deadline_s=self._limit_s) as granted:
+        async with self._weights.granted(chosen.stored, deadline_s=self._left_s) as granted:
             await checking
             self._apply(PhaseBegan(phase=StartPhase.FORKING))
-            try:
-                async with asyncio.timeout(self._limit_s):
-                    host = await self._launcher.launch(self.spec, self.nonce, self._devices, chosen, granted)
-            except TimeoutError as error:
-                raise EngineFailed(f"no engine host was forked within {self._limit_s:g} s") from error
+            host = await self._launcher.launch(self.spec, self.nonce, self._devices, chosen, granted)
         log.info("replica %s of %s is process %d", self.spec.id, self.spec.deployment, host.process.pid)
         return host
 
@@ -203,20 +226,16 @@ class Replica:
 
     async def _follow(self, host: EngineHost) -> None:
         """Take over what the host says, until it says that it has failed."""
-        try:
-            async with asyncio.timeout(self._limit_s) as limit:
-                async with aclosing(host.statuses()) as statuses:
-                    async for status in statuses:
-                        self._check_layout(status)
-                        self._apply(HostReported(status=status))
-                        self.reported.set()
-                        self._take_saved(status)
-                        if self.status.state is ReplicaState.FAILED:
-                            return
-                        if self.status.state is not ReplicaState.STARTING:
-                            limit.reschedule(None)
-        except TimeoutError as error:
-            raise EngineFailed(f"the engine was not ready within {self._limit_s:g} s") from error
+        async with self._in_time() as limit, aclosing(host.statuses()) as statuses:
+            async for status in statuses:
+                self._check_layout(status)
+                self._apply(HostReported(status=status))
+                self.reported.set()
+                self._take_saved(status)
+                if self.status.state is ReplicaState.FAILED:
+                    return
+                if self.status.state is not ReplicaState.STARTING:
+                    limit.reschedule(None)
 
     def _check_layout(self, status: HostStatus) -> None:
         """Raise the failure of a start from a runtime layout that another start, from the original, would not have."""
@@ -232,3 +251,8 @@ class Replica:
     @property
     def _limit_s(self) -> float:
         return self._launcher.config.engine.start_timeout_s
+
+    @property
+    def _left_s(self) -> float:
+        """What is left of the limit; never 0, which would mean that there is none."""
+        return max(0.001, self._late_at - asyncio.get_running_loop().time())

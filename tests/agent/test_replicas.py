@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,24 @@ async def test_a_start_has_a_limit(make_node: MakeNode, make_spec: MakeSpec, mod
     await node.until(lambda: node.state() == "failed" and not node.local.replicas.leases.holders)
     assert "within 0.1 s" in node.status().error
     assert signal.SIGKILL in node.warm.hosts[0].signals
+
+
+async def test_the_limit_is_for_all_steps_of_a_start_together(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
+) -> None:
+    limit_s, turn_s = 1.0, 0.8
+    node = make_node(start_timeout_s=limit_s)
+    first, second = [await node.add(make_model(name, (4 << 20) + n), name) for n, name in enumerate(["a", "b"])]
+    node.reading.hold()
+    loop = asyncio.get_running_loop()
+    async with node.local.weights.granted(node.local.store.with_digest(first)):
+        began = loop.time()
+        node.local.replicas.start(make_spec(second))
+        loop.call_later(turn_s, node.reading.go_on)
+        await node.until_host()  # which never becomes ready
+        await node.until(lambda: node.state() == "failed")
+    assert loop.time() - began < limit_s + turn_s
+    assert node.status().error_reason == "ENGINE_FAILED"
 
 
 async def test_a_replica_that_serves_is_given_time_to_drain(
