@@ -15,7 +15,11 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRow:
-    """A row of `sllm requests`; the choices of n > 1 are one row. `node` is filled in by the controller."""
+    """A row of `sllm requests`; the choices of n > 1 are one row. `node` is filled in by the controller.
+
+    `max_tokens` bounds its output, all choices together; `interval_s` is the time between two tokens of one choice.
+    Both are 0 while they are not known. `moves` counts how often it went on on another replica.
+    """
 
     id: RequestId
     deployment: DeploymentName
@@ -25,3 +29,6 @@ class RequestRow:
     output_tokens: int = 0
     started_at: float = 0.0
     node: NodeName | None = None
+    max_tokens: int = 0
+    interval_s: float = 0.0
+    moves: int = 0

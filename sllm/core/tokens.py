@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from sllm.core.ids import RequestId
+from sllm.core.route import RouteTarget
 from sllm.errors import SllmError
 
 PROTOCOL_VERSION = 1
@@ -83,11 +84,29 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A request goes on at `target`, from output position `position` on; nothing more comes of it here.
+
+    Whoever reads has got all tokens before that position, and asks for the rest there: under a new stream id, so that
+    nothing of the old one can be taken for it.
+    """
+
+    stream_id: int
+    position: int
+    target: RouteTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutputs:
-    """What one engine step made for all requests of one connection."""
+    """What one engine step made for all requests of one connection, then what of them has moved.
+
+    `steps` counts the engine's steps. One that has neither is a sign of life.
+    """
 
     outputs: list[TokenOutput] = field(default_factory=list)
     timestamp: float = 0.0
+    moves: list[Moved] = field(default_factory=list)
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,14 @@ class StopReplicaRequest(_message.Message):
     drain_s: float
     def __init__(self, epoch: _Optional[int] = ..., replica: _Optional[str] = ..., generation: _Optional[int] = ..., drain_s: _Optional[float] = ...) -> None: ...
 
+class MigrateCommand(_message.Message):
+    __slots__ = ("epoch", "order")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    order: _common_pb2.MigrationOrder
+    def __init__(self, epoch: _Optional[int] = ..., order: _Optional[_Union[_common_pb2.MigrationOrder, _Mapping]] = ...) -> None: ...
+
 class GetExecutionFilesRequest(_message.Message):
     __slots__ = ("digest",)
     DIGEST_FIELD_NUMBER: _ClassVar[int]

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from sllm.core.checkpoint import Checkpoint, ExecutionFile
 from sllm.core.ids import CheckpointName, OperationId, ReplicaId
+from sllm.core.migration import MigrationOrder, MigrationReport
 from sllm.core.replica import ReplicaSpec
 from sllm.rpc import agent_pb2, common_pb2
 from sllm.rpc.control import Empty, LogChunk
@@ -68,6 +69,14 @@ class StopReplicaCommand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MigrateCommand:
+    """Answered by reports until each of the order's requests has moved or stays."""
+
+    epoch: int
+    order: MigrationOrder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GetExecutionFilesRequest:
     digest: str
 
@@ -91,6 +100,10 @@ class AgentService(Protocol):
 
     async def start_replica(self, request: StartReplicaCommand) -> Empty: ...
     async def stop_replica(self, request: StopReplicaCommand) -> Empty: ...
+    def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:
+        """Ending the iteration cancels what has not been handed over."""
+        ...
+
     def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
         """May yield a file in pieces, one after the other, each with its path."""
         ...
@@ -111,6 +124,7 @@ VERIFY_CHECKPOINT = Method(
 )
 START_REPLICA = Method("StartReplica", StartReplicaCommand, _m.StartReplicaRequest, Empty, _c.Empty)
 STOP_REPLICA = Method("StopReplica", StopReplicaCommand, _m.StopReplicaRequest, Empty, _c.Empty)
+MIGRATE = Method("Migrate", MigrateCommand, _m.MigrateCommand, MigrationReport, _c.MigrationReport, "stream")
 GET_EXECUTION_FILES = Method(
     "GetExecutionFiles",
     GetExecutionFilesRequest,
@@ -126,6 +140,7 @@ METHODS = (
     VERIFY_CHECKPOINT,
     START_REPLICA,
     STOP_REPLICA,
+    MIGRATE,
     GET_EXECUTION_FILES,
     READ_LOGS,
 )
@@ -172,6 +187,11 @@ class AgentClient(Client):
 
     async def stop_replica(self, request: StopReplicaCommand) -> Empty:
         return await self._unary(STOP_REPLICA, request)
+
+    async def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:
+        async with aclosing(self._stream(MIGRATE, request)) as stream:
+            async for report in stream:
+                yield report
 
     async def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
         """Yield each file whole: on the wire a large one comes in pieces, messages in a row with the same path."""

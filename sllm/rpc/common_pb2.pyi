@@ -85,6 +85,16 @@ class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_STATE_RUNNING: _ClassVar[OperationState]
     OPERATION_STATE_DONE: _ClassVar[OperationState]
     OPERATION_STATE_FAILED: _ClassVar[OperationState]
+
+class MigrationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MIGRATION_STATE_UNSPECIFIED: _ClassVar[MigrationState]
+    MIGRATION_STATE_QUEUED: _ClassVar[MigrationState]
+    MIGRATION_STATE_ROUNDS: _ClassVar[MigrationState]
+    MIGRATION_STATE_MOVED: _ClassVar[MigrationState]
+    MIGRATION_STATE_FINISHED: _ClassVar[MigrationState]
+    MIGRATION_STATE_CANCELLED: _ClassVar[MigrationState]
+    MIGRATION_STATE_FAILED: _ClassVar[MigrationState]
 TIER_REMOTE: Tier
 TIER_SSD: Tier
 TIER_DRAM: Tier
@@ -134,6 +144,13 @@ OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_RUNNING: OperationState
 OPERATION_STATE_DONE: OperationState
 OPERATION_STATE_FAILED: OperationState
+MIGRATION_STATE_UNSPECIFIED: MigrationState
+MIGRATION_STATE_QUEUED: MigrationState
+MIGRATION_STATE_ROUNDS: MigrationState
+MIGRATION_STATE_MOVED: MigrationState
+MIGRATION_STATE_FINISHED: MigrationState
+MIGRATION_STATE_CANCELLED: MigrationState
+MIGRATION_STATE_FAILED: MigrationState
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "hint", "retry_after_s")
@@ -403,7 +420,7 @@ class Node(_message.Message):
     def __init__(self, report: _Optional[_Union[NodeReport, _Mapping]] = ..., state: _Optional[_Union[NodeState, str]] = ..., last_seen: _Optional[float] = ..., cordoned: bool = ...) -> None: ...
 
 class RequestRow(_message.Message):
-    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node")
+    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node", "max_tokens", "interval_s", "moves")
     ID_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -412,6 +429,9 @@ class RequestRow(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     id: str
     deployment: str
     state: RequestState
@@ -420,7 +440,10 @@ class RequestRow(_message.Message):
     output_tokens: int
     started_at: float
     node: str
-    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
+    max_tokens: int
+    interval_s: float
+    moves: int
+    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ..., max_tokens: _Optional[int] = ..., interval_s: _Optional[float] = ..., moves: _Optional[int] = ...) -> None: ...
 
 class RouteTarget(_message.Message):
     __slots__ = ("replica", "node", "address", "generation", "revision", "capacity")
@@ -491,3 +514,69 @@ class LogChunk(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
     def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class RecomputeCost(_message.Message):
+    __slots__ = ("per_token_s", "fixed_s", "observations")
+    PER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    FIXED_S_FIELD_NUMBER: _ClassVar[int]
+    OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
+    per_token_s: float
+    fixed_s: float
+    observations: int
+    def __init__(self, per_token_s: _Optional[float] = ..., fixed_s: _Optional[float] = ..., observations: _Optional[int] = ...) -> None: ...
+
+class MigrationOrder(_message.Message):
+    __slots__ = ("id", "replica", "generation", "target", "requests", "concurrency", "within_s", "cost")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    replica: str
+    generation: int
+    target: RouteTarget
+    requests: _containers.RepeatedScalarFieldContainer[str]
+    concurrency: int
+    within_s: float
+    cost: RecomputeCost
+    def __init__(self, id: _Optional[str] = ..., replica: _Optional[str] = ..., generation: _Optional[int] = ..., target: _Optional[_Union[RouteTarget, _Mapping]] = ..., requests: _Optional[_Iterable[str]] = ..., concurrency: _Optional[int] = ..., within_s: _Optional[float] = ..., cost: _Optional[_Union[RecomputeCost, _Mapping]] = ...) -> None: ...
+
+class Round(_message.Message):
+    __slots__ = ("tokens", "cached_tokens", "seconds")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    cached_tokens: int
+    seconds: float
+    def __init__(self, tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class MigrationReport(_message.Message):
+    __slots__ = ("migration", "request", "state", "rounds", "prompt_tokens", "output_tokens", "sent_bytes", "last_round", "predicted_pause_s", "error", "error_reason")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_ROUND_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    request: str
+    state: MigrationState
+    rounds: int
+    prompt_tokens: int
+    output_tokens: int
+    sent_bytes: int
+    last_round: Round
+    predicted_pause_s: float
+    error: str
+    error_reason: str
+    def __init__(self, migration: _Optional[str] = ..., request: _Optional[str] = ..., state: _Optional[_Union[MigrationState, str]] = ..., rounds: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., last_round: _Optional[_Union[Round, _Mapping]] = ..., predicted_pause_s: _Optional[float] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ...) -> None: ...

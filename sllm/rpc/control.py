@@ -9,7 +9,8 @@ from typing import Protocol
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
-from sllm.core.ids import CheckpointName, DeploymentName, NodeName, OperationId
+from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
+from sllm.core.migration import MigrationPlan
 from sllm.core.node import Node
 from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaStatus
@@ -100,6 +101,38 @@ class ScaleRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MigrateRequest:
+    """One `request`, or all of one `replica`, to `node`; a replica is started there if none has room."""
+
+    request_id: str
+    node: NodeName
+    request: RequestId | None = None
+    replica: ReplicaId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainRequest:
+    """The node takes nothing new; what runs there is moved, or may finish, within `deadline_s`."""
+
+    request_id: str
+    node: NodeName
+    deadline_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CordonRequest:
+    """Nothing new is placed where it is cordoned; what runs stays. No `device`: the whole node.
+
+    Uncordoning a node that drains, or was drained, ends that too.
+    """
+
+    request_id: str
+    node: NodeName
+    cordoned: bool
+    device: DeviceId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WatchOperationRequest:
     id: OperationId
 
@@ -154,6 +187,17 @@ class ControlService(Protocol):
     async def deploy(self, request: DeployRequest) -> Operation: ...
     async def delete(self, request: DeleteRequest) -> Operation: ...
     async def scale(self, request: ScaleRequest) -> Operation: ...
+    async def migrate(self, request: MigrateRequest) -> Operation: ...
+    async def plan_migration(self, request: MigrateRequest) -> MigrationPlan:
+        """What `migrate` would do; nothing is changed."""
+        ...
+
+    async def drain(self, request: DrainRequest) -> Operation: ...
+    async def plan_drain(self, request: DrainRequest) -> MigrationPlan:
+        """What `drain` would do; nothing is changed."""
+        ...
+
+    async def cordon(self, request: CordonRequest) -> Empty: ...
     def watch_operation(self, request: WatchOperationRequest) -> AsyncIterator[Operation]: ...
     async def get_status(self, request: Empty) -> ClusterStatus: ...
     async def list_requests(self, request: Empty) -> RequestList: ...
@@ -173,6 +217,11 @@ VERIFY_CHECKPOINT = Method(
 DEPLOY = Method("Deploy", DeployRequest, _m.DeployRequest, Operation, _c.Operation)
 DELETE = Method("Delete", DeleteRequest, _m.DeleteRequest, Operation, _c.Operation)
 SCALE = Method("Scale", ScaleRequest, _m.ScaleRequest, Operation, _c.Operation)
+MIGRATE = Method("Migrate", MigrateRequest, _m.MigrateRequest, Operation, _c.Operation)
+PLAN_MIGRATION = Method("PlanMigration", MigrateRequest, _m.MigrateRequest, MigrationPlan, _m.MigrationPlan)
+DRAIN = Method("Drain", DrainRequest, _m.DrainRequest, Operation, _c.Operation)
+PLAN_DRAIN = Method("PlanDrain", DrainRequest, _m.DrainRequest, MigrationPlan, _m.MigrationPlan)
+CORDON = Method("Cordon", CordonRequest, _m.CordonRequest, Empty, _c.Empty)
 WATCH_OPERATION = Method(
     "WatchOperation", WatchOperationRequest, _m.WatchOperationRequest, Operation, _c.Operation, "stream"
 )
@@ -187,6 +236,11 @@ METHODS = (
     DEPLOY,
     DELETE,
     SCALE,
+    MIGRATE,
+    PLAN_MIGRATION,
+    DRAIN,
+    PLAN_DRAIN,
+    CORDON,
     WATCH_OPERATION,
     GET_STATUS,
     LIST_REQUESTS,
@@ -224,6 +278,21 @@ class ControlClient(Client):
 
     async def scale(self, request: ScaleRequest) -> Operation:
         return await self._unary(SCALE, request)
+
+    async def migrate(self, request: MigrateRequest) -> Operation:
+        return await self._unary(MIGRATE, request)
+
+    async def plan_migration(self, request: MigrateRequest) -> MigrationPlan:
+        return await self._unary(PLAN_MIGRATION, request)
+
+    async def drain(self, request: DrainRequest) -> Operation:
+        return await self._unary(DRAIN, request)
+
+    async def plan_drain(self, request: DrainRequest) -> MigrationPlan:
+        return await self._unary(PLAN_DRAIN, request)
+
+    async def cordon(self, request: CordonRequest) -> Empty:
+        return await self._unary(CORDON, request)
 
     async def watch_operation(self, request: WatchOperationRequest) -> AsyncIterator[Operation]:
         async with aclosing(self._stream(WATCH_OPERATION, request)) as stream:

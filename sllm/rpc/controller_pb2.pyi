@@ -95,6 +95,72 @@ class ScaleRequest(_message.Message):
     max_replicas: int
     def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., replicas: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ...) -> None: ...
 
+class MigrateRequest(_message.Message):
+    __slots__ = ("request_id", "request", "replica", "node")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    request: str
+    replica: str
+    node: str
+    def __init__(self, request_id: _Optional[str] = ..., request: _Optional[str] = ..., replica: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("request_id", "node", "deadline_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    node: str
+    deadline_s: float
+    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class CordonRequest(_message.Message):
+    __slots__ = ("request_id", "node", "device", "cordoned")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CORDONED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    node: str
+    device: str
+    cordoned: bool
+    def __init__(self, request_id: _Optional[str] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., cordoned: bool = ...) -> None: ...
+
+class PlannedMove(_message.Message):
+    __slots__ = ("request", "source", "source_node", "target", "target_node", "move", "pause_s", "left_s", "why")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_NODE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TARGET_NODE_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    source: str
+    source_node: str
+    target: str
+    target_node: str
+    move: bool
+    pause_s: float
+    left_s: float
+    why: str
+    def __init__(self, request: _Optional[str] = ..., source: _Optional[str] = ..., source_node: _Optional[str] = ..., target: _Optional[str] = ..., target_node: _Optional[str] = ..., move: bool = ..., pause_s: _Optional[float] = ..., left_s: _Optional[float] = ..., why: _Optional[str] = ...) -> None: ...
+
+class MigrationPlan(_message.Message):
+    __slots__ = ("moves", "starts", "why")
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    moves: _containers.RepeatedCompositeFieldContainer[PlannedMove]
+    starts: _containers.RepeatedScalarFieldContainer[str]
+    why: str
+    def __init__(self, moves: _Optional[_Iterable[_Union[PlannedMove, _Mapping]]] = ..., starts: _Optional[_Iterable[str]] = ..., why: _Optional[str] = ...) -> None: ...
+
 class WatchOperationRequest(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import grpc
 
-from sllm.core.ids import ReplicaId
+from sllm.core.ids import ReplicaId, RequestId
+from sllm.core.migration import MigrationOrder, MigrationReport, Round
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.core.tokens import ClientFrame, OpenStream, StepOutputs
 from sllm.errors import Unavailable
@@ -51,23 +52,48 @@ class StopRequest:
     drain_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputeRequest:
+    """One round of a migration: `token_ids` are prompt and output so far, of a request that may come here."""
+
+    request_id: RequestId
+    generation: int
+    token_ids: tuple[int, ...]
+    cache_salt: str = ""
+
+
 class EngineService(Protocol):
-    """`attach` yields the status now and at every change; `stream` speaks the token protocol."""
+    """`attach` yields the status now and at every change; `stream` speaks the token protocol.
+
+    `migrate` (at the source) reports until each request has moved or stays; ending it cancels the rest. `recompute`
+    (at the destination) returns when the tokens' KV cache has been computed.
+    """
 
     def attach(self, request: AttachRequest) -> AsyncIterator[HostStatus]: ...
     async def stop(self, request: StopRequest) -> Empty: ...
     def stream(self, frames: AsyncIterator[ClientFrame]) -> AsyncIterator[StepOutputs]: ...
+    def migrate(self, request: MigrationOrder) -> AsyncIterator[MigrationReport]: ...
+    async def recompute(self, request: RecomputeRequest) -> Round: ...
 
 
 NAME = "sllm.rpc.EngineService"
 ATTACH = Method("Attach", AttachRequest, engine_pb2.AttachRequest, HostStatus, engine_pb2.HostStatus, "stream")
 STOP = Method("Stop", StopRequest, engine_pb2.StopRequest, Empty, common_pb2.Empty)
+MIGRATE = Method(
+    "Migrate",
+    MigrationOrder,
+    common_pb2.MigrationOrder,
+    MigrationReport,
+    common_pb2.MigrationReport,
+    "stream",
+)
+RECOMPUTE = Method("Recompute", RecomputeRequest, engine_pb2.RecomputeRequest, Round, common_pb2.Round)
 STREAM = "Stream"
 
 
 def handlers(implementation: EngineService) -> Handlers:
     """Return the service for `transport.serve`."""
-    service = Handlers(NAME, (ATTACH, STOP), implementation)
+    service = Handlers(NAME, (ATTACH, STOP, MIGRATE, RECOMPUTE), implementation)
     service.handlers[STREAM] = grpc.stream_stream_rpc_method_handler(
         _serve_stream(implementation.stream), parse_client_frame
     )
@@ -133,6 +159,14 @@ class EngineClient(Client):
 
     async def stop(self, request: StopRequest) -> Empty:
         return await self._unary(STOP, request)
+
+    async def migrate(self, request: MigrationOrder) -> AsyncGenerator[MigrationReport, None]:
+        async with aclosing(self._stream(MIGRATE, request)) as stream:
+            async for report in stream:
+                yield report
+
+    async def recompute(self, request: RecomputeRequest, *, timeout_s: float) -> Round:
+        return await self._unary(RECOMPUTE, request, timeout_s=timeout_s)
 
     def open_stream(self, opening: OpenStream) -> TokenStream:
         """Open the token stream; `opening` is its first frame."""

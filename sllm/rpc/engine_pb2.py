@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sllm.rpc import common_pb2 as sllm_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sllm/rpc/engine.proto\x12\x08sllm.rpc\x1a\x15sllm/rpc/common.proto\"\x1e\n\rAttachRequest\x12\r\n\x05nonce\x18\x01 \x01(\t\"\xd4\x02\n\nHostStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sllm.rpc.ReplicaState\x12#\n\x05phase\x18\x03 \x01(\x0e\x32\x14.sllm.rpc.StartPhase\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x06 \x01(\t\x12\x33\n\x08phases_s\x18\x07 \x03(\x0b\x32!.sllm.rpc.HostStatus.PhasesSEntry\x12\x0f\n\x07running\x18\x08 \x01(\x03\x12\x0f\n\x07waiting\x18\t \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x03\x12\x15\n\rruntime_saved\x18\x0b \x01(\x08\x1a.\n\x0cPhasesSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1e\n\x0bStopRequest\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x8b\x01\n\x0b\x43lientFrame\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.sllm.rpc.OpenStreamH\x00\x12#\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x14.sllm.rpc.AddRequestH\x00\x12(\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x17.sllm.rpc.AbortRequestsH\x00\x42\x07\n\x05\x66rame\"K\n\nOpenStream\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x03\"\xe8\x01\n\nAddRequest\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\x12\x17\n\x0fsampling_params\x18\x05 \x01(\x0c\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x14\n\x0c\x61rrival_time\x18\x08 \x01(\x01\x12\x1c\n\x0freasoning_ended\x18\t \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_reasoning_ended\"#\n\rAbortRequests\x12\x12\n\nstream_ids\x18\x01 \x03(\r\"\x8c\x02\n\x0b\x45ngineFrame\x12\x12\n\nstream_ids\x18\x01 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\"\n\x08\x66inishes\x18\x05 \x03(\x0b\x32\x10.sllm.rpc.Finish\x12$\n\x08logprobs\x18\x06 \x03(\x0b\x32\x12.sllm.rpc.Logprobs\x12+\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x12.sllm.rpc.Logprobs\x12#\n\x08prefills\x18\x08 \x03(\x0b\x32\x11.sllm.rpc.Prefill\x12\x11\n\ttimestamp\x18\t \x01(\x01\"\xd0\x01\n\x06\x46inish\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.sllm.rpc.FinishReason\x12\x1a\n\rstop_token_id\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bstop_string\x18\x04 \x01(\tH\x01\x88\x01\x01\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x15.sllm.rpc.ErrorDetailH\x02\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0e\n\x0c_stop_stringB\x08\n\x06_error\"p\n\x08Logprobs\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0e\n\x06values\x18\x05 \x03(\x02\x12\r\n\x05ranks\x18\x06 \x03(\r\"R\n\x07Prefill\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r*\xaf\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_REPETITION\x10\x05\x32\xb6\x01\n\rEngineService\x12\x39\n\x06\x41ttach\x12\x17.sllm.rpc.AttachRequest\x1a\x14.sllm.rpc.HostStatus0\x01\x12.\n\x04Stop\x12\x15.sllm.rpc.StopRequest\x1a\x0f.sllm.rpc.Empty\x12:\n\x06Stream\x12\x15.sllm.rpc.ClientFrame\x1a\x15.sllm.rpc.EngineFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sllm/rpc/engine.proto\x12\x08sllm.rpc\x1a\x15sllm/rpc/common.proto\"a\n\x10RecomputeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\ncache_salt\x18\x04 \x01(\t\"\x1e\n\rAttachRequest\x12\r\n\x05nonce\x18\x01 \x01(\t\"\xd4\x02\n\nHostStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sllm.rpc.ReplicaState\x12#\n\x05phase\x18\x03 \x01(\x0e\x32\x14.sllm.rpc.StartPhase\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x06 \x01(\t\x12\x33\n\x08phases_s\x18\x07 \x03(\x0b\x32!.sllm.rpc.HostStatus.PhasesSEntry\x12\x0f\n\x07running\x18\x08 \x01(\x03\x12\x0f\n\x07waiting\x18\t \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x03\x12\x15\n\rruntime_saved\x18\x0b \x01(\x08\x1a.\n\x0cPhasesSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1e\n\x0bStopRequest\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x8b\x01\n\x0b\x43lientFrame\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.sllm.rpc.OpenStreamH\x00\x12#\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x14.sllm.rpc.AddRequestH\x00\x12(\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x17.sllm.rpc.AbortRequestsH\x00\x42\x07\n\x05\x66rame\"K\n\nOpenStream\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x03\"\xe8\x01\n\nAddRequest\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\x12\x17\n\x0fsampling_params\x18\x05 \x01(\x0c\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x14\n\x0c\x61rrival_time\x18\x08 \x01(\x01\x12\x1c\n\x0freasoning_ended\x18\t \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_reasoning_ended\"#\n\rAbortRequests\x12\x12\n\nstream_ids\x18\x01 \x03(\r\"\xbb\x02\n\x0b\x45ngineFrame\x12\x12\n\nstream_ids\x18\x01 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\"\n\x08\x66inishes\x18\x05 \x03(\x0b\x32\x10.sllm.rpc.Finish\x12$\n\x08logprobs\x18\x06 \x03(\x0b\x32\x12.sllm.rpc.Logprobs\x12+\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x12.sllm.rpc.Logprobs\x12#\n\x08prefills\x18\x08 \x03(\x0b\x32\x11.sllm.rpc.Prefill\x12\x11\n\ttimestamp\x18\t \x01(\x01\x12\x1e\n\x05moves\x18\n \x03(\x0b\x32\x0f.sllm.rpc.Moved\x12\r\n\x05steps\x18\x0b \x01(\x04\"S\n\x05Moved\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12%\n\x06target\x18\x03 \x01(\x0b\x32\x15.sllm.rpc.RouteTarget\"\xd0\x01\n\x06\x46inish\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.sllm.rpc.FinishReason\x12\x1a\n\rstop_token_id\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bstop_string\x18\x04 \x01(\tH\x01\x88\x01\x01\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x15.sllm.rpc.ErrorDetailH\x02\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0e\n\x0c_stop_stringB\x08\n\x06_error\"p\n\x08Logprobs\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0e\n\x06values\x18\x05 \x03(\x02\x12\r\n\x05ranks\x18\x06 \x03(\r\"R\n\x07Prefill\x12\x11\n\tstream_id\x18\x01 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r*\xaf\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_REPETITION\x10\x05\x32\xb2\x02\n\rEngineService\x12\x39\n\x06\x41ttach\x12\x17.sllm.rpc.AttachRequest\x1a\x14.sllm.rpc.HostStatus0\x01\x12.\n\x04Stop\x12\x15.sllm.rpc.StopRequest\x1a\x0f.sllm.rpc.Empty\x12:\n\x06Stream\x12\x15.sllm.rpc.ClientFrame\x1a\x15.sllm.rpc.EngineFrame(\x01\x30\x01\x12@\n\x07Migrate\x12\x18.sllm.rpc.MigrationOrder\x1a\x19.sllm.rpc.MigrationReport0\x01\x12\x38\n\tRecompute\x12\x1a.sllm.rpc.RecomputeRequest\x1a\x0f.sllm.rpc.Roundb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HOSTSTATUS_PHASESSENTRY']._loaded_options = None
   _globals['_HOSTSTATUS_PHASESSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1637
-  _globals['_FINISHREASON']._serialized_end=1812
-  _globals['_ATTACHREQUEST']._serialized_start=58
-  _globals['_ATTACHREQUEST']._serialized_end=88
-  _globals['_HOSTSTATUS']._serialized_start=91
-  _globals['_HOSTSTATUS']._serialized_end=431
-  _globals['_HOSTSTATUS_PHASESSENTRY']._serialized_start=385
-  _globals['_HOSTSTATUS_PHASESSENTRY']._serialized_end=431
-  _globals['_STOPREQUEST']._serialized_start=433
-  _globals['_STOPREQUEST']._serialized_end=463
-  _globals['_CLIENTFRAME']._serialized_start=466
-  _globals['_CLIENTFRAME']._serialized_end=605
-  _globals['_OPENSTREAM']._serialized_start=607
-  _globals['_OPENSTREAM']._serialized_end=682
-  _globals['_ADDREQUEST']._serialized_start=685
-  _globals['_ADDREQUEST']._serialized_end=917
-  _globals['_ABORTREQUESTS']._serialized_start=919
-  _globals['_ABORTREQUESTS']._serialized_end=954
-  _globals['_ENGINEFRAME']._serialized_start=957
-  _globals['_ENGINEFRAME']._serialized_end=1225
-  _globals['_FINISH']._serialized_start=1228
-  _globals['_FINISH']._serialized_end=1436
-  _globals['_LOGPROBS']._serialized_start=1438
-  _globals['_LOGPROBS']._serialized_end=1550
-  _globals['_PREFILL']._serialized_start=1552
-  _globals['_PREFILL']._serialized_end=1634
-  _globals['_ENGINESERVICE']._serialized_start=1815
-  _globals['_ENGINESERVICE']._serialized_end=1997
+  _globals['_FINISHREASON']._serialized_start=1868
+  _globals['_FINISHREASON']._serialized_end=2043
+  _globals['_RECOMPUTEREQUEST']._serialized_start=58
+  _globals['_RECOMPUTEREQUEST']._serialized_end=155
+  _globals['_ATTACHREQUEST']._serialized_start=157
+  _globals['_ATTACHREQUEST']._serialized_end=187
+  _globals['_HOSTSTATUS']._serialized_start=190
+  _globals['_HOSTSTATUS']._serialized_end=530
+  _globals['_HOSTSTATUS_PHASESSENTRY']._serialized_start=484
+  _globals['_HOSTSTATUS_PHASESSENTRY']._serialized_end=530
+  _globals['_STOPREQUEST']._serialized_start=532
+  _globals['_STOPREQUEST']._serialized_end=562
+  _globals['_CLIENTFRAME']._serialized_start=565
+  _globals['_CLIENTFRAME']._serialized_end=704
+  _globals['_OPENSTREAM']._serialized_start=706
+  _globals['_OPENSTREAM']._serialized_end=781
+  _globals['_ADDREQUEST']._serialized_start=784
+  _globals['_ADDREQUEST']._serialized_end=1016
+  _globals['_ABORTREQUESTS']._serialized_start=1018
+  _globals['_ABORTREQUESTS']._serialized_end=1053
+  _globals['_ENGINEFRAME']._serialized_start=1056
+  _globals['_ENGINEFRAME']._serialized_end=1371
+  _globals['_MOVED']._serialized_start=1373
+  _globals['_MOVED']._serialized_end=1456
+  _globals['_FINISH']._serialized_start=1459
+  _globals['_FINISH']._serialized_end=1667
+  _globals['_LOGPROBS']._serialized_start=1669
+  _globals['_LOGPROBS']._serialized_end=1781
+  _globals['_PREFILL']._serialized_start=1783
+  _globals['_PREFILL']._serialized_end=1865
+  _globals['_ENGINESERVICE']._serialized_start=2046
+  _globals['_ENGINESERVICE']._serialized_end=2352
 # @@protoc_insertion_point(module_scope)

@@ -23,6 +23,18 @@ FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
 FINISH_REASON_REPETITION: FinishReason
 
+class RecomputeRequest(_message.Message):
+    __slots__ = ("request_id", "generation", "token_ids", "cache_salt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    generation: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., generation: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
 class AttachRequest(_message.Message):
     __slots__ = ("nonce",)
     NONCE_FIELD_NUMBER: _ClassVar[int]
@@ -117,7 +129,7 @@ class AbortRequests(_message.Message):
     def __init__(self, stream_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineFrame(_message.Message):
-    __slots__ = ("stream_ids", "token_counts", "positions", "token_ids", "finishes", "logprobs", "prompt_logprobs", "prefills", "timestamp")
+    __slots__ = ("stream_ids", "token_counts", "positions", "token_ids", "finishes", "logprobs", "prompt_logprobs", "prefills", "timestamp", "moves", "steps")
     STREAM_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +139,8 @@ class EngineFrame(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PREFILLS_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     stream_ids: _containers.RepeatedScalarFieldContainer[int]
     token_counts: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
@@ -136,7 +150,19 @@ class EngineFrame(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
     prefills: _containers.RepeatedCompositeFieldContainer[Prefill]
     timestamp: float
-    def __init__(self, stream_ids: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prefills: _Optional[_Iterable[_Union[Prefill, _Mapping]]] = ..., timestamp: _Optional[float] = ...) -> None: ...
+    moves: _containers.RepeatedCompositeFieldContainer[Moved]
+    steps: int
+    def __init__(self, stream_ids: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prefills: _Optional[_Iterable[_Union[Prefill, _Mapping]]] = ..., timestamp: _Optional[float] = ..., moves: _Optional[_Iterable[_Union[Moved, _Mapping]]] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("stream_id", "position", "target")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    stream_id: int
+    position: int
+    target: _common_pb2.RouteTarget
+    def __init__(self, stream_id: _Optional[int] = ..., position: _Optional[int] = ..., target: _Optional[_Union[_common_pb2.RouteTarget, _Mapping]] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("stream_id", "reason", "stop_token_id", "stop_string", "error")

@@ -6,12 +6,14 @@ One frame per engine step carries all requests of a gateway, in packed columns: 
 from __future__ import annotations
 
 from sllm.core.ids import RequestId
+from sllm.core.route import RouteTarget
 from sllm.core.tokens import (
     AbortRequests,
     ClientFrame,
     Finish,
     FinishReason,
     Logprobs,
+    Moved,
     OpenStream,
     Prefill,
     StepOutputs,
@@ -19,7 +21,8 @@ from sllm.core.tokens import (
     TokenRequest,
 )
 from sllm.errors import InvalidArgument
-from sllm.rpc import engine_pb2
+from sllm.rpc import common_pb2, engine_pb2
+from sllm.rpc.convert import from_proto, to_proto
 from sllm.rpc.errors import detail_of, error_of
 
 
@@ -103,11 +106,19 @@ def pack_step(step: StepOutputs) -> bytes:
         positions=[o.position for o in step.outputs],
         token_ids=[token for o in step.outputs for token in o.token_ids],
         timestamp=step.timestamp,
+        steps=step.steps,
     )
+    for moved in step.moves:
+        _pack_moved(frame, moved)
     for output in step.outputs:
         if output.finish or output.logprobs or output.prompt_logprobs or output.prefill:
             _pack_extras(frame, output)
     return frame.SerializeToString()
+
+
+def _pack_moved(frame: engine_pb2.EngineFrame, moved: Moved) -> None:
+    target = to_proto(moved.target, common_pb2.RouteTarget)
+    frame.moves.add(stream_id=moved.stream_id, position=moved.position, target=target)
 
 
 def _pack_extras(frame: engine_pb2.EngineFrame, output: TokenOutput) -> None:
@@ -171,7 +182,17 @@ def parse_step(data: bytes) -> StepOutputs:
         )
         outputs.append(output)
         start += count
-    return StepOutputs(outputs=outputs, timestamp=frame.timestamp)
+    return StepOutputs(
+        outputs=outputs,
+        timestamp=frame.timestamp,
+        moves=[_parse_moved(moved) for moved in frame.moves],
+        steps=frame.steps,
+    )
+
+
+def _parse_moved(moved: engine_pb2.Moved) -> Moved:
+    target = from_proto(moved.target, RouteTarget)
+    return Moved(stream_id=moved.stream_id, position=moved.position, target=target)
 
 
 def _parse_finish(finish: engine_pb2.Finish) -> Finish:

@@ -27,6 +27,8 @@ METHODS: list[Method[Any, Any]] = [
     *agents.METHODS,
     engine.ATTACH,
     engine.STOP,
+    engine.MIGRATE,
+    engine.RECOMPUTE,
 ]
 MESSAGES = {m.request: m.request_message for m in METHODS} | {m.response: m.response_message for m in METHODS}
 

@@ -4,13 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllm.core.ids import RequestId
+from sllm.core.ids import NodeName, ReplicaId, RequestId
+from sllm.core.route import RouteTarget
 from sllm.core.tokens import (
     AbortRequests,
     ClientFrame,
     Finish,
     FinishReason,
     Logprobs,
+    Moved,
     OpenStream,
     Prefill,
     StepOutputs,
@@ -46,6 +48,17 @@ FINISHES = st.builds(
 )
 
 
+TARGETS = st.builds(
+    RouteTarget,
+    replica=st.just(ReplicaId("rep-1")),
+    node=st.just(NodeName("node-1")),
+    address=st.text(max_size=5),
+    generation=U32,
+    revision=U32,
+    capacity=U32,
+)
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> StepOutputs:
     ids = draw(st.lists(U32, unique=True, max_size=4))
@@ -61,7 +74,8 @@ def steps(draw: st.DrawFn) -> StepOutputs:
         )
         for stream_id in ids
     ]
-    return StepOutputs(outputs=outputs, timestamp=draw(st.floats(0, 1e12)))
+    moves = draw(st.lists(st.builds(Moved, stream_id=U32, position=U32, target=TARGETS), max_size=2))
+    return StepOutputs(outputs=outputs, timestamp=draw(st.floats(0, 1e12)), moves=moves, steps=draw(U32))
 
 
 @given(steps())
