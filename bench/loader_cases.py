@@ -40,6 +40,7 @@ from loader_peers import (
 from loader_report import Goal, Result, Samples, best_of, cpu_s_per_gb, ratio
 
 FIO_TUNED = "fio, the best setting"
+FIO_KEEPING = "fio, the best setting that keeps what it reads"
 WARM_UP = "warm-up"  # the folder of a small checkpoint that is loaded before the clock: first calls are not speed
 WARM_UP_KIND = "tiny"
 OUR_NAMES = {loader.name for loader in (BARE, *OURS, TAILED)}
@@ -84,6 +85,10 @@ class _Against:
         names = [name for name in self._samples if name.startswith("fio")]
         return [self._goal(best_of(self._samples, names), target, FIO_TUNED)] if names else []
 
+    def fio_keeping(self, target: float) -> list[Goal]:
+        names = [setting.name for setting in fio.KEEPING if setting.name in self._samples]
+        return [self._goal(best_of(self._samples, names), target, FIO_KEEPING)] if names else []
+
     def _goal(self, name: str, target: float, label: str = "") -> Goal:
         what = f"{self._ours}: time of {f'{label} ({name})' if label else name} / ours"
         return Goal(what=what, target=target, value=ratio(self._samples, name, self._ours))
@@ -98,6 +103,7 @@ def fast_goals(samples: Samples, size_bytes: int) -> list[Goal]:
     pool, fresh = _Against(samples, POOL), _Against(samples, FRESH)
     return [
         *pool.peers({BARE: 0.97}),
+        *pool.fio_keeping(0.97),
         *pool.fio_best(0.97),
         *pool.fio_plain(1.15),
         *pool.runai(1.8),
@@ -177,7 +183,7 @@ def run(case: Case, rounds: int, *, quick: bool) -> Result:
         unwritable = in_fork(lambda: write(kind, formats, device.folder))
         if case.limit_bps and not quick:
             device = stack.enter_context(device.throttled(case.limit_bps))
-        huge = stack.enter_context(huge_pages(fio.BUFFER_BYTES, reserve=not quick))
+        huge = stack.enter_context(huge_pages(fio.buffer_bytes(size_of(kind)), reserve=not quick))
         settings = _fio_settings(huge, left_out)[: 2 if quick else None]
         race = Race(device=device, size_bytes=size_of(kind), left_out=left_out)
         race.leave_out(loaders, unwritable)
@@ -211,7 +217,7 @@ def _fio_settings(huge: bool, left_out: dict[str, str]) -> list[fio.Setting]:
     if not huge:
         left_out["fio, with buffers on huge pages"] = "no huge pages are reserved (vm.nr_hugepages)"
         return [fio.PLAIN]
-    return [fio.PLAIN, *fio.TUNED]
+    return [fio.PLAIN, *fio.TUNED, *fio.KEEPING]
 
 
 def write(kind: str, formats: set[str], folder: Path) -> dict[str, str]:
