@@ -1,7 +1,10 @@
-"""Named places where a test can kill this process, to prove that a restart finds everything in order.
+"""Named places where a test can kill or stop this process, to prove that everything is in order afterwards.
 
 `SLLM_FAILPOINT=NAME` in the environment makes the process end with SIGKILL when it first comes to that place: no
-clean-up runs, as when the power goes. Without it a failpoint costs one dictionary look-up. Imports nothing of ours.
+clean-up runs, as when the power goes. `SLLM_FAILPOINT=@FILE` asks a file instead, which may be written at any time:
+its content is `NAME` or `NAME SIGNAL` (`KILL`, `STOP`), and whoever comes to that place first, of all processes that
+look at the file, removes it and gets the signal: one arming, one fault. Without the variable a failpoint costs one
+dictionary look-up. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -11,8 +14,26 @@ import signal
 
 VARIABLE = "SLLM_FAILPOINT"
 
+_SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
+
 
 def failpoint(name: str) -> None:
-    """Die here if `name` is the failpoint that was asked for."""
-    if os.environ.get(VARIABLE) == name:
+    """Die (or stop) here if `name` is the failpoint that was asked for."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        return
+    if wanted == name:
         os.kill(os.getpid(), signal.SIGKILL)
+    elif wanted.startswith("@"):
+        _ask(wanted[1:], name)
+
+
+def _ask(path: str, name: str) -> None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            armed, _, kind = file.read().strip().partition(" ")
+        if armed == name:
+            os.unlink(path)  # only one process can
+            os.kill(os.getpid(), _SIGNALS[kind or "KILL"])
+    except FileNotFoundError:
+        return
