@@ -11,16 +11,17 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from sllm.errors import InvalidArgument, UnknownDtype, UnsupportedCheckpoint
 from sllm.loader.dtypes import ITEM_BYTES
+from sllm.loader.folder import checked_path
 from sllm.loader.format import LAYOUTS, Manifest, ModelFacts, Tensor, place, span_bytes
 from sllm.loader.writing import CheckpointWriter, Meter, PartitionWriter, Progress
 
 _MAX_ITEM_BYTES = 16  # of complex128: where a region begins modulo this is kept, so that every element stays aligned
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(slots=True)
@@ -68,16 +69,17 @@ def save(
     Tensors may be of any torch dtype that is not quantised, on any device, of any strides. A checkpoint at `path` is
     replaced in one step: readers see the old one or the new one. `progress(done_bytes, total_bytes)` is called for
     every chunk; `cancelled()` is asked as often. Raises UnknownDtype and UnsupportedCheckpoint for tensors that cannot
-    be stored, InvalidArgument for what is no tensor, CapacityExceeded if the disk is full, Conflict if something else
-    is at `path`, Cancelled.
+    be stored, InvalidArgument for what is no tensor or no path, CapacityExceeded if the disk is full, Conflict
+    if something else is at `path`, Cancelled.
     """
     if layout not in LAYOUTS or (layout == "runtime") is not bool(key):
         raise InvalidArgument(f"layout {layout!r} with key {key!r}", hint="'hf' without a key, or 'runtime' with one")
+    folder = checked_path(path)
     regions = _regions([_view(name, tensor) for name, tensor in tensors.items()])
     offsets, size_bytes = place(region.size_bytes for region in regions)
     files = execution_files or {}
     meter = Meter(size_bytes + sum(map(len, files.values())), progress, cancelled)
-    with CheckpointWriter(Path(path), [size_bytes], meter) as writer:
+    with CheckpointWriter(folder, [size_bytes], meter) as writer:
         with writer.partition() as partition:
             for region, offset in zip(regions, offsets, strict=True):
                 partition.skip_to(offset + region.lead)
@@ -149,9 +151,15 @@ def _without_holes(region: _Region) -> _Region:
     view, *others = region.views
     if others or region.end - region.begin <= view.tensor.numel() * view.tensor.itemsize:
         return region
-    view.tensor = view.tensor.contiguous()
+    view.tensor = _compact(view.tensor)
     view.begin, view.end = 0, view.tensor.numel() * view.tensor.itemsize
     return _Region(view.begin, view.end, [view])
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy. As integers: torch cannot copy elements of less than a byte, and warns of others."""
+    integers = _INTEGERS.get(tensor.itemsize)
+    return tensor.view(integers).contiguous().view(tensor.dtype) if integers else tensor.contiguous()
 
 
 def _write(region: _Region, partition: PartitionWriter) -> None:

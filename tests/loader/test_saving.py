@@ -52,6 +52,18 @@ def test_every_dtype_comes_back(tmp_path: Path, name: str) -> None:
     assert load(tmp_path / "c")["w"].dtype is dtype
 
 
+@pytest.mark.parametrize("name", sorted(ITEM_BYTES))
+def test_of_every_dtype_a_view_with_holes_comes_back_without_them(tmp_path: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    elements = torch.arange(6 * dtype.itemsize, dtype=torch.uint8).view(6, dtype.itemsize) % 2
+    view = elements.flatten().view(dtype)[::2]
+    manifest = save({"w": view}, tmp_path / "c")
+    assert manifest.tensors["w"].size_bytes == 3 * dtype.itemsize
+    found = load(tmp_path / "c")["w"]
+    assert (found.dtype, found.shape, found.stride()) == (dtype, (3,), (1,))
+    assert bytes_of(found.view(torch.uint8)) == bytes_of(elements[::2])
+
+
 def test_scalars_empty_tensors_parameters_and_any_names_come_back(tmp_path: Path) -> None:
     tensors = {
         "": torch.tensor(3.5),
