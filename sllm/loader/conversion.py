@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sllm.errors import ChunkCorrupt, ExecutionFileDamaged, InvalidCheckpoint, ManifestMalformed, NotFound
-from sllm.loader.folder import open_regular
+from sllm.loader.folder import checked_path, open_regular
 from sllm.loader.format import Manifest, Partition, Tensor, contiguous, place
 from sllm.loader.source import Source, SourceFile, examine
 from sllm.loader.writing import CheckpointWriter, Meter, PartitionWriter, Progress
@@ -36,14 +36,15 @@ def convert(
 
     A checkpoint that is there is replaced in one step. `progress(done_bytes, total_bytes)` is called for every chunk;
     `cancelled()` is asked as often. Raises NotFound, InvalidCheckpoint or UnsupportedCheckpoint if the source is wrong,
-    CapacityExceeded if the disk is full, Conflict if the destination is something else, Cancelled.
+    CapacityExceeded if the disk is full, Conflict if the destination is something else,
+    InvalidArgument for what is no path, Cancelled.
     """
-    folder = Path(os.path.realpath(source))
+    folder, made = Path(os.path.realpath(checked_path(source))), checked_path(destination)
     if not folder.is_dir():
         raise NotFound(f"source {folder} is no folder")
     # Links may lead from a snapshot to its cache, wherever that is, and nowhere else.
     found = examine(folder, [Path("/")], need_config=False)
-    return convert_examined(found, Path(destination), origin=str(folder), progress=progress, cancelled=cancelled)
+    return convert_examined(found, made, origin=str(folder), progress=progress, cancelled=cancelled)
 
 
 def convert_examined(

@@ -10,6 +10,7 @@ from pathlib import Path
 from sllm.errors import (
     CheckpointUnreadable,
     ExecutionFileDamaged,
+    InvalidArgument,
     InvalidCheckpoint,
     ManifestCorrupt,
     ManifestMalformed,
@@ -23,6 +24,17 @@ from sllm.loader.format import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process, or the machine, has no more: says nothing of a file
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that a caller gave. Raises InvalidArgument for what can be none, and for "", which
+    would be the working directory."""
+    text = os.fspath(path)
+    if not isinstance(text, str) or "\0" in text:
+        raise InvalidArgument(f"{path!r} is no path of a folder")
+    if not text:
+        raise InvalidArgument("an empty path is no folder", hint="name one; `.` is the working directory")
+    return Path(text)
 
 
 def read_manifest(folder: Path, *, digest: str = "") -> Manifest:

@@ -13,7 +13,7 @@ import torch
 from sllm.errors import InvalidArgument
 from sllm.loader import collector
 from sllm.loader.arrangement import Arrangement, arrange, ring_slots
-from sllm.loader.folder import read_manifest
+from sllm.loader.folder import checked_path, read_manifest
 from sllm.loader.format import Manifest
 from sllm.loader.memory import cuda
 from sllm.loader.memory.pool import Allocation, Pool, fresh, new_memory
@@ -44,13 +44,14 @@ def load(
 
     Raises the InvalidCheckpoint that says what is wrong (ManifestMissing, PartitionTruncated, ChunkCorrupt, ...),
     UnsupportedCheckpoint, CapacityExceeded (the pool, the machine or the device has no room), Cancelled,
-    DeadlineExceeded, InvalidArgument (no such device), OperationFailed (the device). Nothing is left allocated then.
+    DeadlineExceeded, InvalidArgument (no such device, no path), OperationFailed (the device). Nothing is left
+    allocated then.
     """
     deadline = None if deadline_s is None else time.monotonic() + deadline_s
-    target = _device(device)
+    folder, target = checked_path(path), _device(device)
     control = Control(verify=verify, progress=progress, cancelled=cancelled or (lambda: False), deadline=deadline)
     with collector.held_off():
-        return _load(Path(path), target, pool, control)
+        return _load(folder, target, pool, control)
 
 
 def _load(folder: Path, target: torch.device, pool: Pool | None, control: Control) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm.errors import ChunkCorrupt, ExecutionFileDamaged, SllmError
-from sllm.loader.folder import cannot_read, check_sizes, open_regular, read_manifest
+from sllm.loader.folder import cannot_read, check_sizes, checked_path, open_regular, read_manifest
 from sllm.loader.format import Manifest, Partition, StoredFile
 from sllm.loader.reading import ChunkReader
 from sllm.loader.storage.direct import DirectFile
@@ -41,9 +41,9 @@ def verify(
     """Check the manifest, each file's length, each chunk's xxh3-64 and each execution file's sha256.
 
     xxh3 finds damage; `deep` checks the partitions' sha256 too, which nobody can forge, at a tenth of the speed.
-    Raises the InvalidCheckpoint or UnsupportedCheckpoint that says what is wrong; Cancelled.
+    Raises the InvalidCheckpoint or UnsupportedCheckpoint that says what is wrong; InvalidArgument, Cancelled.
     """
-    folder = Path(path)
+    folder = checked_path(path)
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     meter = Meter(manifest.stored_bytes, progress, cancelled)

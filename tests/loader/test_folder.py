@@ -14,11 +14,13 @@ from loader.descriptors import descriptors
 from sllm.errors import (
     CheckpointUnreadable,
     ExecutionFileDamaged,
+    InvalidArgument,
     ManifestCorrupt,
     ManifestMissing,
     PartitionMissing,
     SllmError,
 )
+from sllm.loader import load, save, verify
 from sllm.loader.conversion import convert
 from sllm.loader.folder import cannot_read, check_sizes, open_regular, read_manifest
 from sllm.loader.storage.direct import DirectFile
@@ -30,6 +32,21 @@ NOBODY = 65534
 def checkpoint(model: Path, tmp_path: Path) -> Path:
     convert(model, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", b"bytes", Path("a\0b")], ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [load, verify, lambda path: save({}, path), lambda path: convert(path, "made"), lambda path: convert(".", path)],
+    ids=["load", "verify", "save", "convert from", "convert to"],
+)
+def test_what_is_no_path_is_refused_by_the_whole_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[object], object], path: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidArgument, match="no path of a folder|an empty path is no folder"):
+        call(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_manifest_may_be_asked_for_by_its_digest(checkpoint: Path) -> None:

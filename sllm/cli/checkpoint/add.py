@@ -43,6 +43,7 @@ def add(
     context: ContextOption = None,
     controller: ControllerOption = None,
 ) -> None:
+    from sllm.loader.folder import checked_path
     from sllm.rpc.control import AddCheckpointRequest
 
     with reported(output):
@@ -52,7 +53,7 @@ def add(
             request_id=new_request_id(),
             name=checkpoint_name(name),
             # The node does not know the folder that this command was called in.
-            source=os.path.abspath(source),
+            source=os.path.abspath(checked_path(source)),
             nodes=tuple(node_name(each) for each in node or ()),
             all_nodes=all_nodes,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,16 +19,19 @@ python -c 'import sllm.loader; sllm.loader.load("/fast/llama")'
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of safetensors.", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of safetensors.", show_default=False)],
     destination: Annotated[
-        Path, typer.Argument(metavar="DESTINATION", help="Folder to make; one that is there is replaced.")
+        str, typer.Argument(metavar="DESTINATION", help="Folder to make; one that is there is replaced.")
     ],
     output: OutputOption = Format.TABLE,
 ) -> None:
     from sllm.cli.checkpoint.local import manifest_object, shares
     from sllm.loader.conversion import convert as convert_folder
+    from sllm.loader.folder import checked_path
 
-    with reported(output), open_progress(f"convert {source.name}") as progress:
-        manifest = convert_folder(source, destination, progress=shares(progress, "copying"))
-    line = f"{destination}: {len(manifest.tensors)} tensors, {size_text(manifest.tensor_bytes)}"
-    emit_line(output, line=line, data=manifest_object(destination, manifest), name=str(destination))
+    with reported(output):
+        folder, made = checked_path(source), checked_path(destination)
+        with open_progress(f"convert {folder.name}") as progress:
+            manifest = convert_folder(folder, made, progress=shares(progress, "copying"))
+    line = f"{made}: {len(manifest.tensors)} tensors, {size_text(manifest.tensor_bytes)}"
+    emit_line(output, line=line, data=manifest_object(made, manifest), name=str(made))

@@ -13,14 +13,16 @@ OptionalCheckpointArgument = Annotated[
     str | None, typer.Argument(metavar="[NAME]", help="Name of the checkpoint.", show_default=False)
 ]
 PathOption = Annotated[
-    Path | None, typer.Option("--path", metavar="FOLDER", help="A converted checkpoint on this machine instead.")
+    str | None, typer.Option("--path", metavar="FOLDER", help="A converted checkpoint on this machine instead.")
 ]
 
 
-def one_of(name: str | None, path: Path | None) -> str | Path:
+def one_of(name: str | None, path: str | None) -> str | Path:
     """Return the one that was given. Raises InvalidArgument."""
     if name is not None and path is None:
         return name
     if path is not None and name is None:
-        return path
+        from sllm.loader.folder import checked_path
+
+        return checked_path(path)
     raise InvalidArgument("name a checkpoint, or give its --path", hint="one of the two, not both")
