@@ -33,10 +33,10 @@ class Table:
 def emit(form: Format, *, tables: Sequence[Table], data: Any, names: Sequence[str]) -> None:
     """Print an answer in the form asked for."""
     if form is Format.JSON:
-        print(json.dumps(data, indent=2, ensure_ascii=False))
+        print(_json(data))
     elif form is Format.NAME:
         for name in names:
-            print(name)
+            print(one_line(name))
     else:
         sys.stdout.write("\n".join(_rendered(table) for table in tables))
         sys.stdout.flush()
@@ -44,13 +44,23 @@ def emit(form: Format, *, tables: Sequence[Table], data: Any, names: Sequence[st
 
 def emit_line(form: Format, *, line: str, data: Any, name: str) -> None:
     """Print an answer that is one sentence for people."""
-    emit_text = {Format.JSON: lambda: json.dumps(data, indent=2, ensure_ascii=False), Format.NAME: lambda: name}
+    emit_text = {Format.JSON: lambda: _json(data), Format.NAME: lambda: name}
     print(emit_text.get(form, lambda: line)(), flush=True)
 
 
 def one_line(text: str) -> str:
     """Return `text` without line breaks and without what could move a terminal's cursor."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+def _json(data: Any) -> str:
+    """Return JSON for people too: letters as they are, escapes for what could move a terminal's cursor."""
+    lines = json.dumps(data, indent=2, ensure_ascii=False).split("\n")
+    return "\n".join(line if line.isprintable() else _escaped(line) for line in lines)
+
+
+def _escaped(line: str) -> str:
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def _rendered(table: Table) -> str:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sllm.loader import save
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo-model"
 
@@ -99,3 +102,33 @@ def test_converting_needs_neither_torch_nor_grpc(tmp_path):
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "", "made"),
+        ("convert", str(DEMO), ""),
+        ("show", "--path", ""),
+        ("verify", "--path", ""),
+        ("add", "demo", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(ask, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    answer = ask("checkpoint", *arguments)
+    assert answer.code == 2
+    assert "an empty path is no folder" in answer.err
+    assert "hint: name one" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["name", "json", "table"])
+def test_what_a_checkpoint_says_does_not_reach_the_terminal_raw(ask, tmp_path, form):
+    save({"w\x1b[2J\x9b31m\u202e": torch.zeros(1)}, tmp_path / "c", source="\x9d0;title\x07")
+    answer = ask("checkpoint", "show", "--path", str(tmp_path / "c"), "-o", form)
+    assert answer.code == 0
+    assert "[2J" in answer.out
+    assert "".join(answer.out.split("\n")).isprintable()
+    if form == "json":
+        assert answer.json["tensors"][0]["name"] == "w\x1b[2J\x9b31m\u202e"
