@@ -1,4 +1,4 @@
-"""Processes: which one is meant, how it ended, what ends with what."""
+"""Processes: which one is meant, and how it ended."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
-from sllm import tether
 from sllm.agent.processes import open_process, reap
 from sllm.agent.warm.host import ForkedHost
 from sllm.linux import start_ticks
@@ -74,28 +72,3 @@ async def test_a_host_can_be_left_alone() -> None:
     assert start_ticks(process.pid) is not None
     process.kill()
     await process.wait()
-
-
-async def test_a_tethered_command_ends_with_its_parent(
-    tmp_path: Path, process_end: Callable[[int], Awaitable[None]]
-) -> None:
-    code = f"""
-import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, {tether.__file__!r}, str(os.getpid()), "15", *{list(SLEEP)!r}])
-print(child.pid, flush=True)
-time.sleep(60)
-"""
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
-    assert parent.stdout is not None
-    child = int(await parent.stdout.readline())
-    parent.kill()
-    await parent.wait()
-    await process_end(child)
-
-
-def test_a_tether_does_not_start_a_command_whose_parent_is_gone() -> None:
-    done = subprocess.run(
-        [sys.executable, tether.__file__, "1", "15", "/bin/echo", "never"], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
