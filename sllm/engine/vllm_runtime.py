@@ -1,7 +1,7 @@
 """The runtime layout: a vLLM model's own parameters, fused and padded, saved once and then used as they lie in memory.
 
-On a CPU a parameter becomes a view of the node's pool: nothing is copied, and engines of one checkpoint share the
-bytes. On a GPU the partition goes to the device in chunks as it arrives, and parameters are views of it there.
+On a CPU a parameter becomes a view of the node's pool: only small ones are copied, and engines of one checkpoint share
+the bytes. On a GPU the partition goes to the device in chunks as it arrives, and parameters are views of it there.
 """
 
 from __future__ import annotations
@@ -63,7 +63,14 @@ def use(model: Any, weights: Weights, launch: Launch, device: torch.device) -> N
     else:
         weights.wait_all()
     for name, view in views_on(memory, weights).items():
-        own[name].data = view
+        own[name].data = _apart(view) if device.type == "cpu" else view
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a small tensor. vLLM replaces large ones, if anything; small ones (scales of attention layers) it changes in
+    place, and a write to the pool would copy a page of it: 2 MiB where pages are huge, and the end of the process if
+    none of those is free."""
+    return tensor.clone() if tensor.nbytes < LARGE_BYTES else tensor
 
 
 def memory_of(weights: Weights) -> torch.Tensor:
@@ -134,12 +141,7 @@ def to_save(model: Any, launch: Launch, config: Any) -> dict[str, torch.Tensor] 
     """Return the parameters to save, after loading and before vLLM processes them any further; None: do not."""
     if not launch.save_runtime or not is_saved(config.architectures, quantised=config.quantization is not None):
         return None
-    return {name: _as_loaded(parameter.detach()) for name, parameter in parameters(model).items()}
-
-
-def _as_loaded(tensor: torch.Tensor) -> torch.Tensor:
-    """Keep a tensor as it is now. vLLM replaces large ones, if anything; small ones (scales) it changes in place."""
-    return tensor.clone() if tensor.nbytes < LARGE_BYTES else tensor
+    return {name: _apart(parameter.detach()) for name, parameter in parameters(model).items()}
 
 
 def save_in_background(tensors: dict[str, torch.Tensor], launch: Launch, saved: Callable[[], None]) -> None:

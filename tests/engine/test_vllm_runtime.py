@@ -140,7 +140,7 @@ async def test_an_engine_uses_saved_parameters_where_they_lie(
     await answers(vllm, host, collect)
     used = pool_kib(host.pid)
     assert used["Rss"] * 1024 >= host.launch.grant.size_bytes
-    assert used["Anonymous"] <= 16  # KiB that were copied: of small values that attention layers set anew
+    assert used["Anonymous"] == 0  # no page was written to: in a pool of huge ones there might be none for its copy
     assert host.pool.is_leased
     assert pool_kib(first.pid) == {}  # it copied them, and let go
 
@@ -203,7 +203,7 @@ async def test_a_load_that_fails_fails_vllms_start_with_its_reason(
     assert (status.error_reason, status.error) == ("CHECKPOINT_UNREADABLE", "the disk does not give chunk 0")
 
 
-def test_parameters_become_views_of_the_mapping(
+def test_large_parameters_become_views_of_the_mapping(
     vllm: SimpleNamespace, make_launch: Make, make_pool: Make, tmp_path: Path
 ) -> None:
     import torch
@@ -219,7 +219,9 @@ def test_parameters_become_views_of_the_mapping(
     assert torch.equal(model.weight, saved.weight)
     assert weights.memory is not None
     begin, end = weights.memory.address, weights.memory.address + weights.memory.size_bytes
-    assert all(begin <= parameter.data_ptr() < end for parameter in model.parameters())
+    assert begin <= model.weight.data_ptr() < end
+    assert not begin <= model.bias.data_ptr() < end  # small: it may be written to
+    assert torch.equal(model.bias, saved.bias)
     with pytest.raises(StaleLayout, match="checkpoint"):
         spec = replace(launch.spec, digest="sha256:1")
         vllm_runtime.use(model, weights, replace(launch, spec=spec), torch.device("cpu"))
