@@ -32,8 +32,27 @@ class Extent(NamedTuple):
     size_bytes: int
 
 
+class Chunked:
+    """A partition of `size_bytes` in memory that holds `slots` of its chunks, all of them or fewer."""
+
+    __slots__ = ()
+
+    size_bytes: int
+    chunk_bytes: int
+    slots: int
+
+    @property
+    def chunks(self) -> int:
+        return chunks_in(self.size_bytes, self.chunk_bytes)
+
+    @property
+    def is_ring(self) -> bool:
+        """True if chunks must be copied out as they come."""
+        return self.slots < self.chunks
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Grant(Chunked):
     """`size_bytes` is the partition's length, read in chunks of `chunk_bytes`. `extents`, one behind the other, hold
     it whole, or `slots` chunks of it. `ready_chunks` is the state at the time of the grant: `chunks` if there is
     nothing to wait for. `generation` tells this copy from an earlier one of the same content.
@@ -47,15 +66,6 @@ class Grant:
     extents: tuple[Extent, ...]
     slots: int
     ready_chunks: int
-
-    @property
-    def chunks(self) -> int:
-        return chunks_in(self.size_bytes, self.chunk_bytes)
-
-    @property
-    def is_ring(self) -> bool:
-        """True if chunks must be copied out as they come."""
-        return self.slots < self.chunks
 
 
 def chunks_in(size_bytes: int, chunk_bytes: int) -> int:

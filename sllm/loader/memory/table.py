@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from sllm.core.grant import POOL_BLOCK_BYTES, Extent, chunks_in
+from sllm.core.grant import POOL_BLOCK_BYTES, Chunked, Extent, chunks_in
 from sllm.loader.memory.extents import FreeSpace
 from sllm.loader.tiers import Held, make_room
 
@@ -26,7 +26,7 @@ class EntryState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Chunked):
     """One partition in the pool. `digest` names the content of its folder, `checkpoint` the checkpoint it stands for
     (another one only for a runtime layout). `slots` is the number of chunks that `extents` hold: fewer than there are
     in a ring, which only its one reader may use. `reload_s` is what reading it took; `last_used` is monotonic time.
@@ -49,14 +49,6 @@ class Entry:
     @property
     def key(self) -> tuple[str, int]:
         return self.digest, self.partition
-
-    @property
-    def chunks(self) -> int:
-        return chunks_in(self.size_bytes, self.chunk_bytes)
-
-    @property
-    def is_ring(self) -> bool:
-        return self.slots < self.chunks
 
     @property
     def held_bytes(self) -> int:
