@@ -93,8 +93,8 @@ class FeedReader:
             log.exception("following the weights failed")
             self._fail(EngineFailed(f"following the weights failed: {type(error).__name__}: {error}"))
         finally:
-            self._sock.close()
             self._arrive = self._settle = _nothing  # they know the memory, and would keep it mapped
+            self._sock.close()
 
     def _receive(self) -> int:
         """Return how many chunks are in the pool."""

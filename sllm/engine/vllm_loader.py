@@ -9,25 +9,32 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from sllm.core.launch import Launch
 from sllm.engine.base import Hooks
 from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed
 
+if TYPE_CHECKING:
+    from sllm.loader.memory.cuda import Registration
+
 LOAD_FORMAT = "sllm"
 
 
 @dataclass(slots=True)
 class Offer:
-    """What the next model that is built in this process is loaded from. `kept`: parameters to save once it serves."""
+    """What the next model that is built in this process is loaded from.
+
+    `kept`: parameters to save once it serves. `registration`: that of the weights' memory, while it is loaded to a GPU.
+    """
 
     weights: Weights
     launch: Launch
     hooks: Hooks
-    kept: dict[str, Any] | None = field(default=None)
+    kept: dict[str, Any] | None = None
+    registration: Registration | None = None
 
 
 _offered: Offer | None = None
@@ -62,13 +69,21 @@ def register() -> None:
         def download_model(self, model_config: Any) -> None:
             """Nothing to fetch: the memory is here."""
 
+        def load_model(self, *args: Any, **kwargs: Any) -> Any:
+            """CUDA, if any, is up: it gets to know the memory beside the construction of the model."""
+            from sllm.engine.device import registered
+
+            offered = _expected()
+            with registered(offered.weights) as offered.registration:
+                return super().load_model(*args, **kwargs)
+
         def load_weights(self, model: Any, model_config: Any) -> None:
             from sllm.engine import vllm_runtime
 
             offered = _expected()
             if offered.weights.manifest.layout == "runtime":
                 device = next(model.parameters()).device
-                vllm_runtime.use(model, offered.weights, offered.launch, device)
+                vllm_runtime.use(model, offered.weights, offered.launch, device, offered.registration)
                 return
             super().load_weights(model, model_config)
             offered.kept = vllm_runtime.to_save(model, offered.launch, model_config)
@@ -92,7 +107,10 @@ def _expected() -> Offer:
 
 
 def _tensors(offered: Offer) -> Generator[tuple[str, Any], None, None]:
-    """Yield (name, tensor) in load order, each once its bytes are there, telling the done share in bytes."""
+    """Yield (name, tensor) in load order, each once its bytes are there, telling the done share in bytes.
+
+    vLLM's own copies to a GPU are faster from registered memory, and must not begin while it is being registered.
+    """
     from sllm.engine import vllm_runtime
 
     weights, tensors = offered.weights, offered.weights.tensors
@@ -101,6 +119,8 @@ def _tensors(offered: Offer) -> Generator[tuple[str, Any], None, None]:
     done = 0
     for name, tensor in tensors.items():
         weights.wait(tensor)
+        if offered.registration is not None:
+            offered.registration.wait(tensor.offset + tensor.size_bytes)
         yield name, views.pop(name)
         done += tensor.size_bytes
         offered.hooks.progress(done / total)

@@ -9,19 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from sllm.core.launch import Launch
 from sllm.core.runtime_layout import is_saved, runtime_key
+from sllm.engine.device import on_device
 from sllm.engine.vllm_setup import installed_version
 from sllm.engine.weights import Weights
 from sllm.errors import SllmError, StaleLayout
 from sllm.loader.format import LARGE_BYTES
-from sllm.loader.memory import cuda
-from sllm.loader.pipeline import copy_in_turn
+from sllm.loader.memory.cuda import Registration
 from sllm.loader.saving import save
 from sllm.loader.views import bytes_of, tensors_on
 
@@ -47,20 +47,23 @@ def parameters(model: Any) -> dict[str, Any]:
     return dict(model.state_dict(keep_vars=True))
 
 
-def use(model: Any, weights: Weights, launch: Launch, device: torch.device) -> None:
+def use(
+    model: Any, weights: Weights, launch: Launch, device: torch.device, registration: Registration | None = None
+) -> None:
     """Make a saved layout a model's parameters, in place of those that were allocated for it.
 
+    `registration` is that of the weights' memory, if they go to a GPU.
     Raises StaleLayout if it is another engine's, or does not fit the model exactly; the error of the load.
     """
     own = parameters(model)
     _check_key(weights.manifest.key, key_of(launch))
     _check_fit(own, weights)
-    memory = memory_of(weights)
-    if device.type == "cuda":
+    if registration is not None:
         for parameter in own.values():
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)  # room for what takes its place
-        memory = _on_device(memory, weights, device)
+        memory = on_device(weights, registration, device)
     else:
+        memory = memory_of(weights)
         weights.wait_all()
     for name, view in views_on(memory, weights).items():
         own[name].data = _apart(view) if device.type == "cpu" else view
@@ -108,30 +111,6 @@ def _check_fit(own: Mapping[str, Any], weights: Weights) -> None:
 def _described(parameter: Any) -> tuple[str, tuple[int, ...], tuple[int, ...] | None]:
     dtype = str(parameter.dtype).removeprefix("torch.")
     return dtype, tuple(parameter.shape), parameter.stride() if parameter.numel() else None
-
-
-def _on_device(memory: torch.Tensor, weights: Weights, device: torch.device) -> torch.Tensor:
-    """Copy the partition to a GPU, each chunk when it has arrived. NOT YET RUN ON A GPU.
-
-    Not from registered memory yet: registering a private mapping would make a copy of every page (`memory/cuda.py`), so
-    CUDA copies through buffers of its own, one chunk after the other.
-    """
-    target = cuda.arena(weights.size_bytes, device)
-    copier = cuda.CudaCopier(target, device)
-    try:
-        copy_in_turn(_arriving(memoryview(memory.numpy()), weights), copier)
-    finally:
-        copier.close()
-    return target
-
-
-def _arriving(memory: memoryview, weights: Weights) -> Iterator[tuple[memoryview, int]]:
-    """Yield each chunk when it has arrived, and where it begins."""
-    step = weights.manifest.chunk_bytes
-    for start in range(0, weights.size_bytes, step):
-        end = min(start + step, weights.size_bytes)
-        weights.feed.wait(end)
-        yield memory[start:end], start
 
 
 # --- saving ---------------------------------------------------------------------------------

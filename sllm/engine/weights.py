@@ -1,8 +1,10 @@
 """A grant, mapped: one partition of a checkpoint as memory of this process, whose bytes may still be on their way.
 
-A partition that is whole in the pool is mapped where it is, privately: reading copies nothing, a write copies a page
-and stays in this process. One that streams through a ring is copied into private memory as it comes. Either way the
-memory is there (as addresses) before a byte of it has been read, so that an engine can be built meanwhile.
+A partition that is whole in the pool is mapped where it is: for a CPU privately (reading copies nothing, a write copies
+a page and stays in this process), for a GPU as the pool's own pages, which this process cannot write and CUDA can know
+(`memory/cuda.py`). One that streams through a ring is copied into private memory as it comes, but for a runtime layout
+for a GPU, which goes there from the ring. Either way the memory is there (as addresses) before a byte of it has been
+read, so that an engine can be built meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm.core.grant import Grant
+from sllm.core.device import DeviceKind
+from sllm.core.grant import Grant, chunks_in
 from sllm.core.launch import Launch
 from sllm.engine.feed import FeedReader
 from sllm.errors import InvalidCheckpoint
@@ -31,13 +34,17 @@ class Weights:
     """What an engine is built from. `memory` is the partition, from its first byte; None after `release`.
 
     Bytes may be read once `feed.wait` has returned for them. Whoever keeps a view of the memory keeps it mapped, and
-    with it the lease.
+    with it the lease. `is_shared`: the memory is the pool's own pages, and a write to it ends the process. `slots`:
+    how many chunks it holds; fewer than the partition has in a ring, where chunk n is in place n % slots until
+    `taken` says that it may go.
     """
 
     manifest: Manifest
     partition: int
     memory: Space | None
     feed: FeedReader
+    is_shared: bool
+    slots: int
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -57,6 +64,15 @@ class Weights:
         """As `wait`, for the whole partition."""
         self.feed.wait(self.size_bytes)
 
+    @property
+    def chunks(self) -> int:
+        return chunks_in(self.size_bytes, self.manifest.chunk_bytes)
+
+    def taken(self, chunks: int) -> None:
+        """In a ring: the first `chunks` chunks have been copied out of it. Elsewhere nothing."""
+        if self.slots < self.chunks:
+            self.feed.taken(chunks)
+
     def release(self) -> None:
         """Let go of the memory: it is unmapped with the last view of it, at once if there is none."""
         self.memory = None
@@ -69,17 +85,27 @@ def open_weights(launch: Launch, lease_fd: int, feed_fd: int) -> Weights:
     if the folder's manifest is not that of the grant, OSError.
     """
     sock = socket.socket(fileno=feed_fd)
+    is_shared = launch.device_kind == DeviceKind.CUDA
     try:
         manifest = _manifest(Path(launch.weights_dir), launch.grant)
-        mapped = map_extents(lease_fd, launch.grant.extents)
+        mapped = map_extents(lease_fd, launch.grant.extents, shared=is_shared, writable=not is_shared)
     except BaseException:
         sock.close()
         raise
     finally:
         os.close(lease_fd)
     failpoint("host-mapped")
-    memory, feed = _followed(launch.grant, sock, mapped)
-    return Weights(manifest=manifest, partition=launch.grant.partition, memory=memory, feed=feed)
+    grant = launch.grant
+    copied = grant.is_ring and not (is_shared and manifest.layout == "runtime")
+    memory, feed = _from_ring(grant, sock, mapped) if copied else (mapped, _where_it_is(grant, sock, mapped))
+    return Weights(
+        manifest=manifest,
+        partition=grant.partition,
+        memory=memory,
+        feed=feed,
+        is_shared=is_shared and not copied,
+        slots=grant.chunks if copied else grant.slots,
+    )
 
 
 def _manifest(folder: Path, grant: Grant) -> Manifest:
@@ -91,15 +117,16 @@ def _manifest(folder: Path, grant: Grant) -> Manifest:
     return manifest
 
 
-def _followed(grant: Grant, sock: socket.socket, mapped: Space) -> tuple[Space, FeedReader]:
+def _where_it_is(grant: Grant, sock: socket.socket, mapped: Space) -> FeedReader:
+    """Bytes are used where they are in the pool, or taken out of there by whoever uses them."""
     if grant.is_ring:
-        return _from_ring(grant, sock, mapped)
+        return FeedReader(grant, sock)
 
     def settle(first: int, end: int) -> None:
         start = first * grant.chunk_bytes
         _present(mapped, start, min(end * grant.chunk_bytes, grant.size_bytes) - start)
 
-    return mapped, FeedReader(grant, sock, settle=settle)  # what is in the pool is where it is used
+    return FeedReader(grant, sock, settle=settle)
 
 
 def _present(memory: Space, offset: int, size_bytes: int) -> None:

@@ -147,6 +147,7 @@ def test_the_lease_ends_with_the_last_view_of_the_memory(make_launch: Make, make
     weights = open_weights(launch, *pool.give())
     weights.feed.follow(Shares())
     weights.wait_all()
+    assert pool.feed.recv(100) == b""  # the feed has ended, and holds no memory any more
     assert weights.memory is not None
     view = weights.memory.view(0, 10)
     weights.release()

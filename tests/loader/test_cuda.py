@@ -2,72 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+import logging
+import threading
 
 import pytest
+from loader.fake_cuda import Cuda
 
 from sllm.errors import InvalidArgument, OperationFailed
 from sllm.loader.memory import space
+from sllm.loader.memory.fake import FakeCopier
+from sllm.loader.pipeline import copy_in_turn
 
 torch = pytest.importorskip("torch")
 
 from sllm.loader.memory import cuda  # noqa: E402 - needs torch
 
+PAGE = 4096
 DEVICE = torch.device("cuda", 0)
-
-
-class Cuda:
-    """What torch.cuda offers the adapter; `calls` has what happened, in order."""
-
-    def __init__(self, *, devices: int = 1, register_error: int = 0, copy_error: str = "") -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self._devices = devices
-        self._register_error = register_error
-        self._copy_error = copy_error
-
-    def is_available(self) -> bool:
-        return self._devices > 0
-
-    def device_count(self) -> int:
-        return self._devices
-
-    def cudart(self) -> Any:
-        return SimpleNamespace(cudaHostRegister=self._register, cudaHostUnregister=self._unregister)
-
-    def current_stream(self, device: Any) -> str:
-        return f"current stream of {device}"
-
-    def Stream(self, device: Any) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: self.calls.append(("wait for", other)))
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        self.calls.append(("on stream",))
-        yield
-
-    def Event(self, *, blocking: bool) -> Any:
-        assert blocking, "a waiting thread must not spin"
-        number = sum(call[0] == "record" for call in self.calls)
-        return SimpleNamespace(
-            record=lambda stream: self.calls.append(("record", number)), synchronize=lambda: self._end(number)
-        )
-
-    def _end(self, number: int) -> None:
-        self.calls.append(("end", number))
-        if self._copy_error:
-            raise RuntimeError(f"{self._copy_error}\nCUDA kernel errors might be asynchronously reported")
-
-    def _register(self, address: int, size_bytes: int, flags: int) -> int:
-        self.calls.append(("register", address, size_bytes, flags))
-        return self._register_error
-
-    def _unregister(self, address: int) -> int:
-        self.calls.append(("unregister", address))
-        return 0
 
 
 def test_memory_is_registered_once_and_unregistered_before_it_is_unmapped() -> None:
@@ -99,6 +51,105 @@ def test_memory_that_cuda_refuses_to_register_is_used_all_the_same_with_a_warnin
     del memory
     gc.collect()
     assert [call[0] for call in fake.calls] == ["register"]
+
+
+def test_what_cuda_refuses_is_left_in_no_thread_that_does_anything_else() -> None:
+    fake = Cuda(register_error=2)
+    memory = space.anonymous(4096)
+    with pytest.warns(RuntimeWarning):
+        cuda.register(memory, cuda=fake)
+    assert threading.current_thread() not in fake.registered_in
+    assert not any(thread.is_alive() for thread in fake.registered_in)
+
+
+def test_a_shared_mapping_is_registered_for_reading_part_by_part() -> None:
+    fake = Cuda()
+    memory = space.anonymous(3 * PAGE)
+    address, flags = memory.address, cuda.PORTABLE | cuda.READ_ONLY
+    registration = cuda.Registration(memory, part_bytes=2 * PAGE, cuda=fake)
+    assert registration.wait(3 * PAGE)
+    registration.close()
+    del memory
+    gc.collect()
+    assert fake.named("register") == [
+        ("register", address, 2 * PAGE, flags),
+        ("register", address + 2 * PAGE, PAGE, flags),
+    ]
+    assert sorted(fake.named("unregister")) == [("unregister", address), ("unregister", address + 2 * PAGE)]
+
+
+def test_the_first_part_can_be_used_while_the_next_is_registered() -> None:
+    used = threading.Event()
+    memory = space.anonymous(2 * PAGE)
+    fake = Cuda(registering=lambda count: None if count == 0 or used.wait(10) else pytest.fail("nobody used it"))
+    registration = cuda.Registration(memory, part_bytes=PAGE, cuda=fake)
+    assert registration.wait(PAGE)
+    assert len(fake.named("register")) == 1
+    used.set()
+    assert registration.wait(2 * PAGE)
+
+
+def test_whoever_waits_for_what_cuda_refuses_waits_no_longer(caplog: pytest.LogCaptureFixture) -> None:
+    fake = Cuda(register_error=801)
+    memory = space.anonymous(3 * PAGE)
+    with caplog.at_level(logging.WARNING):
+        registration = cuda.Registration(memory, part_bytes=PAGE, cuda=fake)
+        assert not registration.wait(PAGE)
+        assert not registration.wait(3 * PAGE)
+    assert [record.getMessage() for record in caplog.records] == [
+        "CUDA does not register the pool's memory: error 801; copies from it are slower"
+    ]
+    registration.close()
+    del memory
+    gc.collect()
+    assert [call[0] for call in fake.calls] == ["register"]
+
+
+def test_registering_ends_with_the_part_in_which_it_is_closed() -> None:
+    made = threading.Event()
+    closed: list[bool] = []
+
+    def close_meanwhile(count: int) -> None:
+        made.wait(10)
+        closer.start()
+        closed.append(not registration.wait(2 * PAGE))
+
+    fake = Cuda(registering=close_meanwhile)
+    memory = space.anonymous(2 * PAGE)
+    registration = cuda.Registration(memory, part_bytes=PAGE, cuda=fake)
+    closer = threading.Thread(target=registration.close)
+    made.set()
+    assert not registration.wait(2 * PAGE)
+    closer.join(10)
+    assert closed == [True]
+    assert len(fake.named("register")) == 1
+
+
+def test_chunks_that_cuda_does_not_know_go_through_memory_that_it_does() -> None:
+    fake, target = Cuda(), bytearray(10)
+    source = memoryview(bytearray(b"abcdefghij"))
+    inner = FakeCopier(memoryview(target))
+    copier = cuda.StagedCopier(inner, chunk_bytes=3, slots=2, cuda=fake)
+    pieces = [(source[start : start + 3], start) for start in range(0, 10, 3)]
+    copy_in_turn(pieces, copier, most=2)
+    copier.close()
+    assert target == source
+    assert inner.is_closed
+    assert inner.most_under_way == 2
+    assert [(size, flags) for _, _, size, flags in fake.named("register")] == [(6, cuda.PORTABLE)]
+
+
+def test_what_is_staged_is_no_longer_needed_where_it_came_from() -> None:
+    target, gate = bytearray(3), threading.Event()
+    source = bytearray(b"abc")
+    inner = FakeCopier(memoryview(target), before=lambda offset: None if gate.wait(10) else pytest.fail("no copy"))
+    copier = cuda.StagedCopier(inner, chunk_bytes=3, slots=1, cuda=Cuda())
+    copier.begin(memoryview(source), 0)
+    source[:] = b"xyz"
+    gate.set()
+    copier.end_oldest()
+    copier.close()
+    assert target == b"abc"
 
 
 def test_copies_are_begun_on_a_stream_of_their_own_that_waits_for_earlier_work() -> None:
@@ -140,7 +191,7 @@ def test_closing_waits_for_all_copies_even_if_they_fail() -> None:
     copier.begin(memoryview(bytearray(3)), 0)
     copier.begin(memoryview(bytearray(3)), 3)
     copier.close()
-    assert [call for call in fake.calls if call[0] == "end"] == [("end", 0), ("end", 1)]
+    assert fake.named("end") == [("end", 0), ("end", 1)]
 
 
 def test_a_device_that_does_not_exist_is_refused() -> None:

@@ -51,6 +51,15 @@ def test_what_is_written_into_a_shared_mapping_is_seen_by_all(pool_fd: int) -> N
     assert os.pread(pool_fd, 1, 0) == b"\xff"
 
 
+def test_a_read_only_mapping_shows_what_others_write_and_cannot_be_written(pool_fd: int) -> None:
+    read_only = os.open(f"/proc/self/fd/{pool_fd}", os.O_RDONLY)
+    mapped = space.map_extents(read_only, [(CHUNK, CHUNK), (0, CHUNK)], shared=True, writable=False)
+    os.close(read_only)
+    os.pwrite(pool_fd, b"\xff", 0)
+    assert bytes(mapped.view(CHUNK - 1, 2)) == b"\x01\xff"
+    assert set(permissions_of(mapped)) == {"r--s"}
+
+
 def test_nothing_can_be_mapped_beyond_a_range(pool_fd: int) -> None:
     reserved = space.reserve(CHUNK)
     for offset, size in ((CHUNK, CHUNK), (0, 2 * CHUNK), (-CHUNK, CHUNK)):
@@ -94,6 +103,15 @@ def test_memory_that_is_not_there_is_an_error_whatever_the_threads(pool_fd: int)
     space.map_file(reserved, pool_fd, offset=0, file_offset=0, size_bytes=8 * CHUNK, shared=True)  # half of it exists
     with pytest.raises(OSError, match="madvise"):
         space.populate(reserved, write=True, threads=4)
+
+
+def permissions_of(made: space.Space) -> Iterator[str]:
+    """Yield the permissions of each mapping in a range, as /proc says them."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            addresses, permissions = line.split()[:2]
+            if made.address <= int(addresses.split("-")[0], 16) < made.address + made.size_bytes:
+                yield permissions
 
 
 def resident_bytes(made: space.Space) -> int:

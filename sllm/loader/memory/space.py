@@ -83,26 +83,33 @@ def anonymous(size_bytes: int) -> Space:
     return _adopt(address, length, size_bytes)
 
 
-def map_file(space: Space, fd: int, *, offset: int, file_offset: int, size_bytes: int, shared: bool) -> None:
+def map_file(
+    space: Space, fd: int, *, offset: int, file_offset: int, size_bytes: int, shared: bool, writable: bool = True
+) -> None:
     """Map bytes of a file into a range, in place of what was there. Raises OSError.
 
-    Not `shared`: what is written stays in this process (copied page by page), and the descriptor may be read-only;
-    the memory is writable all the same, because torch warns about buffers that are not. Offsets and sizes are
-    multiples of the page size, of HUGE_BYTES for hugetlb.
+    Not `shared`: what is written stays in this process (copied page by page), and the descriptor may be read-only.
+    Shared and not `writable`: the file's own pages, from a read-only descriptor; a write ends the process (SIGSEGV),
+    although the range's buffer says that it can be written, because torch warns about buffers that cannot. Offsets
+    and sizes are multiples of the page size, of HUGE_BYTES for hugetlb.
     """
     if offset < 0 or size_bytes <= 0 or offset + size_bytes > _round_up(space.size_bytes):
         raise ValueError(f"{size_bytes} bytes at {offset} are outside a range of {space.size_bytes}")
     kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _MAP_NORESERVE
-    _map(space.address + offset, size_bytes, _READ_WRITE, kind | _MAP_FIXED, fd, file_offset)
+    protection = _READ_WRITE if writable else mmap.PROT_READ
+    _map(space.address + offset, size_bytes, protection, kind | _MAP_FIXED, fd, file_offset)
 
 
-def map_extents(fd: int, extents: Iterable[tuple[int, int]], *, shared: bool = False) -> Space:
-    """Return a new range with (offset, size) extents of a file in it, one behind the other. Raises OSError."""
+def map_extents(fd: int, extents: Iterable[tuple[int, int]], *, shared: bool = False, writable: bool = True) -> Space:
+    """Return a new range with (offset, size) extents of a file in it, one behind the other. `shared` and `writable`
+    are those of `map_file`. Raises OSError."""
     extents = tuple(extents)
     mapped = reserve(sum(size for _, size in extents))
     position = 0
     for file_offset, size in extents:
-        map_file(mapped, fd, offset=position, file_offset=file_offset, size_bytes=size, shared=shared)
+        map_file(
+            mapped, fd, offset=position, file_offset=file_offset, size_bytes=size, shared=shared, writable=writable
+        )
         position += size
     return mapped
 
