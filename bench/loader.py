@@ -54,7 +54,10 @@ PREDICTIONS = {
         Prediction("+ threads", "1.0-1.1x: one reader nearly saturates a disk without latency"),
     ],
     "random": [
-        Prediction("sllm, pool", "reads take 45-50 ms, p99 within 1.5x of p50; a quarter of the loads are hits"),
+        Prediction(
+            "sllm, node's pool",
+            "reads 46-52 ms, p99 within 1.5x of p50; hits, a quarter of all, 2 ms: huge pages are mapped at once",
+        ),
         Prediction("load_file", "130-160 ms mean, p99 over 2x of p50: some of the pages are still there"),
     ],
     "cuda": [Prediction("sllm, pool -> GPU", "the disk's time: the link carries 25-50 GB/s, far more than one disk")],

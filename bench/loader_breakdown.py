@@ -1,5 +1,9 @@
 """What each idea of the paper's loader is worth, one on top of the other (OSDI'24 §7.2, figure "loading breakdown").
 
+The steps are readers of the bench's own, each a few lines, because the product has only the last of them: they say
+what an idea is worth, not how fast the product is (the other cases do), and nothing is verified on the clock. Pool and
+target are the product's memory (sllm.loader.memory.space).
+
 Without a GPU the device is memory that was filled before the clock, and the copy to it a memcpy. Each step reads the
 same partition file, cold, in a process of its own, and its bytes are compared after the clock.
 """
@@ -156,7 +160,7 @@ def run(rounds: int, *, quick: bool) -> Result:
     _show(factors)
     return Result(
         case="breakdown",
-        title="breakdown: 1.2 GB, cold, step by step",
+        title="breakdown: 1.2 GB, cold, step by step, by readers of the bench's own",
         size_bytes=size_of(kind),
         samples=samples,
         facts={"disk": device.name, "quick": quick, "factors": factors, "paper": PAPER},

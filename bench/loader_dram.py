@@ -1,8 +1,10 @@
 """A checkpoint that lies in a node's DRAM pool, used by another process: from its lease to every tensor usable.
 
-One process holds the pool, filled, as the store process does; each measurement is another one that gets a lease and
-does what an engine host does: read the manifest, map the extents, make the tensors. Reading all of it once, and once
-again, says what the page faults left for later cost. safetensors' load_file from a warm page cache is the contrast.
+The pool, its leases, the mapping and the tensors are the product's code (SharedPool, map_extents, tensors_on); the
+processes are the bench's own: one holds the pool and has filled it by plain reads, and each measurement is another one
+that gets a lease and does what an engine host does: read the manifest, map the extents, make the tensors. Not measured:
+the store process' answer, and the pages that an engine host maps beside its start. Reading all of it once, and once
+again, says what those page faults cost. safetensors' load_file from a warm page cache is the contrast.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def run(rounds: int, *, quick: bool) -> Result:
     if len({use.checksum for each in uses.values() for use in each}) != 1:
         raise MeasurementFailed("the bytes in the pool are not those of the checkpoint")
     goals = [_goal(name, uses[name]) for name in (SMALL, HUGE) if name in uses]
-    title = f"DRAM tier, {size_of(kind) / 1e9:.1f} GB: lease -> every tensor usable"
+    title = f"DRAM tier, {size_of(kind) / 1e9:.1f} GB: lease -> every tensor usable (the product's pool and mapping)"
     _show(title, uses)
     left_out = {} if HUGE in uses else {HUGE: "none are reserved (needs root and free memory)"}
     facts = {"quick": quick, "uses": {name: _figures(each) for name, each in uses.items()}}

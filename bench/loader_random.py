@@ -1,7 +1,8 @@
 """Twenty checkpoints loaded in random order through memory that holds five: the paper's point that latency stays flat.
 
-Ours: a pool, the least recently used checkpoint let go for the next one. The contrast: safetensors' load_file with as
-much page cache (a memory cgroup limits it), whose latency depends on which pages the kernel happened to keep.
+Ours: a node's pool, with the product's own policy of what goes, readers and mapping (loader_node.py). The contrast:
+safetensors' load_file with as much page cache (a memory cgroup limits it), whose latency depends on which pages the
+kernel happened to keep.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +18,13 @@ from pathlib import Path
 
 from common import console, table
 from loader_checkpoints import Tensors, size_of, write_safetensors, write_sllm
-from loader_device import Device, plain_folder, ram_device
+from loader_device import Device, huge_pages, plain_folder, ram_device
 from loader_measure import drop_cache, in_fork, prewarm, stopwatch, touch
-from loader_peers import LOAD_FILE, POOL, load_file, pool_bytes
+from loader_node import NodePool
+from loader_peers import LOAD_FILE, load_file, pool_bytes
 from loader_report import Result
 
+NODE_POOL = "sllm, node's pool"
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 # What the measured process takes beside the page cache: the interpreter's own pages as they are copied, heaps.
 SLACK_BYTES = 64 << 20
@@ -58,8 +60,9 @@ def run(*, quick: bool) -> Result:
         device = stack.enter_context(plain_folder() if quick else ram_device(total_bytes))
         in_fork(lambda: _write(plan, device.folder))
         limit = stack.enter_context(_memory_limit(plan.room * size_of(plan.kind) + SLACK_BYTES))
+        huge = stack.enter_context(huge_pages(_pool_bytes(plan, device), reserve=not quick))
         latencies = {
-            POOL.name: in_fork(partial(_through_pool, plan, device)),
+            NODE_POOL: in_fork(partial(_through_pool, plan, device)),
             LOAD_FILE.name: in_fork(partial(_through_page_cache, plan, device, limit)),
         }
     figures = {name: _figures(each) for name, each in latencies.items()}
@@ -73,7 +76,7 @@ def run(*, quick: bool) -> Result:
         title=title,
         size_bytes=size_of(plan.kind),
         left_out=left_out,
-        facts={"disk": device.name, "quick": quick, "loads": plan.loads, "latencies": figures},
+        facts={"disk": device.name, "quick": quick, "loads": plan.loads, "huge_pages": huge, "latencies": figures},
     )
 
 
@@ -85,21 +88,15 @@ def _write(plan: Plan, folder: Path) -> None:
 
 
 def _through_pool(plan: Plan, device: Device) -> list[Latency]:
-    import sllm.loader
+    folders = [device.folder / "sllm" / str(number) for number in range(plan.checkpoints)]
+    pool = NodePool(_pool_bytes(plan, device))
+    return _latencies(
+        plan, device, lambda number: pool.load(folders[number]), lambda number: pool.holds(folders[number])
+    )
 
-    folders = device.folder / "sllm"
-    pool = sllm.loader.Pool(plan.room * pool_bytes(folders / "0"))
-    held: OrderedDict[int, Tensors] = OrderedDict()
 
-    def load(number: int) -> Tensors:
-        if number not in held:
-            if len(held) == plan.room:
-                held.popitem(last=False)
-            held[number] = sllm.loader.load(folders / str(number), pool=pool)
-        held.move_to_end(number)
-        return held[number]
-
-    return _latencies(plan, device, load, held.__contains__)
+def _pool_bytes(plan: Plan, device: Device) -> int:
+    return plan.room * pool_bytes(device.folder / "sllm" / "0")
 
 
 def _through_page_cache(plan: Plan, device: Device, limit: Path | None) -> list[Latency]:
