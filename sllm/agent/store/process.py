@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from sllm.agent.logs import tail_lines
 from sllm.agent.store import protocol
 from sllm.agent.store.channel import memfd_with
 from sllm.agent.store.client import Died, Listener, StoreClient
+from sllm.agent.supervision import Awaited, child_environment, keep_attempting, output_to
 from sllm.agent.warm.host import ForkedHost
 from sllm.errors import Unavailable
-from sllm.lifecycle import scratch_environment
 from sllm.linux import start_ticks
 from sllm.loader.memory.table import Entry
 
@@ -37,7 +37,6 @@ _FIND_S = 2.0
 _CLOSE_S = 5.0
 _SOCKET = "store.sock"
 _PID = "store.pid"
-_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +74,7 @@ class StoreProcess:
         self._scratch = scratch
         self._children = children
         self._listener: Listener | None = None
-        self._client: asyncio.Future[StoreClient] | None = None
+        self._client: Awaited[StoreClient] | None = None
         self._last: StoreClient | None = None  # its pool and table are what the next process takes over
         self._process: ForkedHost | None = None
         self._size_bytes = options.size_bytes
@@ -95,18 +94,18 @@ class StoreProcess:
 
     @property
     def is_there(self) -> bool:
-        return self._client is not None and self._client.done()
+        return self._client is not None and self._client.is_there
 
     def start(self, listener: Listener) -> None:
         self._listener = listener
-        self._client = asyncio.get_running_loop().create_future()
-        self._supervisor = asyncio.create_task(self._supervise(), name="store process")
+        self._client = Awaited()
+        self._supervisor = asyncio.create_task(keep_attempting(self._attempt, BACKOFF_S), name="store process")
 
     async def client(self) -> StoreClient:
         assert self._client is not None
         if self._last is not None and self._last.is_closed:
-            self._await_next()  # its end is known here before the supervisor has seen to it
-        return await asyncio.shield(self._client)
+            self._client.has_gone()  # which is known here before the supervisor has seen to it
+        return await self._client.get()
 
     async def close(self, *, stop: bool) -> None:
         if self._supervisor is not None:
@@ -124,17 +123,14 @@ class StoreProcess:
             self._process.close()
             self._process = None
 
-    async def _supervise(self) -> None:
-        backoff_s = BACKOFF_S[0]
-        while True:
-            try:
-                was_ready = await self._run_once()
-            except Exception as error:
-                log.exception("looking after the store process failed by a defect of the agent")
-                self._give_up(f"cannot be looked after: {type(error).__name__}: {error}")
-                was_ready = False
-            backoff_s = BACKOFF_S[0] if was_ready else min(BACKOFF_S[1], backoff_s * 2)
-            await asyncio.sleep(backoff_s)
+    async def _attempt(self) -> bool:
+        """As `_run_once`; what nobody expected passes like any other failure."""
+        try:
+            return await self._run_once()
+        except Exception as error:
+            log.exception("looking after the store process failed by a defect of the agent")
+            self._give_up(f"cannot be looked after: {type(error).__name__}: {error}")
+            return False
 
     async def _run_once(self) -> bool:
         """Stay with one process to its end; return whether it ever was ready."""
@@ -177,14 +173,11 @@ class StoreProcess:
             self._process = ForkedHost.open(pid)
 
     def _give_up(self, how: str) -> None:
-        """Fail the starts that wait; later ones wait for the next attempt."""
         assert self._client is not None
         last = " | ".join(line.strip() for line in tail_lines(self._log_path, 1))
         error = Unavailable(f"the store process {how}: {last}", hint=f"see {self._log_path} on the node")
         log.error("%s", error.message)
-        waiting, self._client = self._client, asyncio.get_running_loop().create_future()
-        waiting.set_exception(error)
-        waiting.exception()  # seen, also when nobody waits
+        self._client.fail(error)
 
     def _suits(self, welcome: protocol.Welcome) -> bool:
         same_size = self._options.any_size or welcome.size_bytes == self._options.size_bytes
@@ -195,20 +188,15 @@ class StoreProcess:
         self._size_bytes = welcome.size_bytes
         pages = "huge pages" if welcome.huge else "4 KiB pages"
         log.info("store process %d is ready: a pool of %d bytes of %s", welcome.pid, welcome.size_bytes, pages)
-        self._client.set_result(client)
+        self._client.has_come(client)
         self._changed()
         try:
             await self._attend(client)
             log.error("the store process ended; what it had in memory is verified by the next one")
             await self._reaped()
         finally:
-            self._await_next()
+            self._client.has_gone()
             self._changed()
-
-    def _await_next(self) -> None:
-        """Let those who ask from now on wait for the next process; some may already."""
-        if self._client is not None and self._client.done():
-            self._client = asyncio.get_running_loop().create_future()
 
     async def _attend(self, client: StoreClient) -> None:
         """Return when the process is gone, which one that no longer answers is made to be."""
@@ -252,13 +240,11 @@ class StoreProcess:
 
     def _spawn(self, listen_fd: int) -> None:
         adopted = self._inheritance()
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        environment |= scratch_environment(self._scratch) | self._options.environment
         arguments = (f"--listen-fd={listen_fd}", *self._options.arguments())
         if adopted:
             arguments = (*arguments, "--adopt", *map(str, adopted))
         try:
-            self._run(arguments, (listen_fd, *adopted), environment)
+            self._run(arguments, (listen_fd, *adopted))
         finally:
             for fd in adopted[1:]:
                 os.close(fd)
@@ -276,23 +262,19 @@ class StoreProcess:
     def _wanted_size(self) -> int:
         return self._size_bytes if self._options.any_size else self._options.size_bytes
 
-    def _run(self, arguments: Sequence[str], fds: Sequence[int], environment: Mapping[str, str]) -> None:
-        output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            with self._children.coming():
-                process = subprocess.Popen(
-                    (sys.executable, "-P", "-m", "sllm.agent.store.main", *arguments),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    pass_fds=fds,
-                    env=environment,
-                    start_new_session=True,  # it outlives the agent, and a terminal's Ctrl-C is not for it
-                )
-                self._watch(process.pid)
-                process.returncode = 0  # it is reaped by pidfd; Popen must not try
-        finally:
-            os.close(output)
+    def _run(self, arguments: Sequence[str], fds: Sequence[int]) -> None:
+        with output_to(self._log_path) as output, self._children.coming():
+            process = subprocess.Popen(
+                (sys.executable, "-P", "-m", "sllm.agent.store.main", *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=fds,
+                env=child_environment(self._scratch) | self._options.environment,
+                start_new_session=True,  # it outlives the agent, and a terminal's Ctrl-C is not for it
+            )
+            self._watch(process.pid)
+            process.returncode = 0  # it is reaped by pidfd; Popen must not try
 
     def _watch(self, pid: int) -> None:
         if self._process is not None:

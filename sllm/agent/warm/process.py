@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -17,12 +16,12 @@ from pathlib import Path
 
 from sllm.agent.children import Children
 from sllm.agent.logs import tail_lines
+from sllm.agent.supervision import Awaited, child_environment, keep_attempting, output_to
 from sllm.agent.warm.base import HostFds, HostProcess
 from sllm.agent.warm.channel import Channel
 from sllm.agent.warm.host import ForkedHost
 from sllm.core.launch import Launch, WarmReady
 from sllm.errors import EngineFailed, InvalidConfiguration, SllmError
-from sllm.lifecycle import scratch_environment
 from sllm.tether import tethered
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ log = logging.getLogger(__name__)
 BACKOFF_S = (0.5, 30.0)  # first and longest wait before it is spawned again
 _CLOSE_S = 5.0
 _UNWANTED_S = 10.0  # for a fork that was called off to be answered, and its host to die
-_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 def command(engine: str, fd: int) -> tuple[str, ...]:
@@ -54,20 +52,20 @@ class WarmProcess:
         self._scratch = scratch
         self._children = children
         self._on_change = on_change
-        self._channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self._channel: Awaited[Channel] = Awaited()
         self._about: WarmReady | None = None
-        self._supervisor = asyncio.create_task(self._supervise(), name="warm process")
+        self._supervisor = asyncio.create_task(keep_attempting(self._attempt, BACKOFF_S), name="warm process")
 
     @property
     def about(self) -> WarmReady | None:
         return self._about
 
     async def ready(self) -> WarmReady:
-        await asyncio.shield(self._channel)
+        await self._channel.get()
         return self._about or await self.ready()
 
     async def fork(self, launch: Launch, fds: HostFds) -> HostProcess:
-        channel = await asyncio.shield(self._channel)
+        channel = await self._channel.get()
         with self._children.coming():
             answer = channel.fork(launch, fds)
             try:
@@ -85,13 +83,6 @@ class WarmProcess:
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
         self._channel.cancel()
-
-    async def _supervise(self) -> None:
-        backoff_s = BACKOFF_S[0]
-        while True:
-            was_ready = await self._attempt()
-            backoff_s = BACKOFF_S[0] if was_ready else min(BACKOFF_S[1], backoff_s * 2)
-            await asyncio.sleep(backoff_s)
 
     async def _attempt(self) -> bool:
         """As `_run_once`; what nobody expected, such as no memory for a process, passes like any other failure."""
@@ -129,7 +120,7 @@ class WarmProcess:
             self._give_up(self._why(await process.wait()))
             return False
         self._about = about
-        self._channel.set_result(channel)
+        self._channel.has_come(channel)
         log.info("warm process %d is ready: %s %s, %.1f s", process.pid, about.engine, about.version, about.seconds)
         try:
             self._on_change()
@@ -137,26 +128,21 @@ class WarmProcess:
             log.error("the warm process ended: %s", self._why(await process.wait()).message)
         finally:
             self._about = None
-            self._channel = asyncio.get_running_loop().create_future()
+            self._channel.has_gone()
             self._on_change()
         return True
 
     async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        environment |= scratch_environment(self._scratch)
-        output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
+        with output_to(self._log_path) as output:
             return await asyncio.create_subprocess_exec(
                 *tethered(self._make_command(fd), signal.SIGTERM),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=(fd,),
-                env=environment,
+                env=child_environment(self._scratch),
                 start_new_session=True,  # a terminal's Ctrl-C is for the agent
             )
-        finally:
-            os.close(output)
 
     def _open(self, pid: int) -> ForkedHost | None:
         host = ForkedHost.open(pid, on_end=lambda: self._children.disown(pid))
@@ -184,11 +170,8 @@ class WarmProcess:
             host.signal(signal.SIGKILL)  # it reaps itself
 
     def _give_up(self, error: SllmError) -> None:
-        """Fail the starts that wait; later ones wait for the next attempt."""
         log.error("%s", error.message)
-        waiting, self._channel = self._channel, asyncio.get_running_loop().create_future()
-        waiting.set_exception(error)
-        waiting.exception()  # seen, also when nobody waits
+        self._channel.fail(error)
 
     def _why(self, code: int) -> EngineFailed:
         last = " | ".join(line.strip() for line in tail_lines(self._log_path, 3) if line.strip())
