@@ -21,8 +21,8 @@ from sllm.core.replica import ReplicaSpec
 # Known to be all in their parameters and persistent buffers: with those an engine needs nothing else of a checkpoint.
 # A list, because it cannot be seen from outside: a model's `load_weights` may leave what it read in buffers that are
 # not saved, in attributes or in objects of any kind, and a start from parameters alone would answer wrongly, without
-# an error. Before a name is added, read its class (and its layers') for that, and compare answers from either layout, as
-# tests/engine/test_vllm_runtime.py does. Layers of quantised models do such things as a rule.
+# an error. Before a name is added, read its class (and its layers') for that, and compare answers from either layout,
+# as tests/engine/test_vllm_runtime.py does. Layers of quantised models do such things as a rule.
 SAVED_ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
