@@ -40,7 +40,23 @@ class Hooks:
 
 class EngineCore(Protocol):
     def add(self, key: int, request: TokenRequest) -> None:
-        """Take a request in. Raises SllmError if it can never be served; the engine is unharmed then."""
+        """Take a request in; one that has had output goes on as if it had always been here. What needs no further
+        token (its last one ends it) finishes at once, with none.
+
+        Raises SllmError if it can never be served; the engine is unharmed then.
+        """
+
+    def recompute(self, key: int, token_ids: list[int], cache_salt: str) -> None:
+        """Have the KV cache of tokens computed, so that who brings them soon finds all full blocks of it (paper §5: a
+        round of a migration, at its destination). No token comes of it: its one output has a finish (LENGTH) and
+        `prefill`, which says how many of the tokens were cached. `abort` cancels it. Requests go first.
+
+        Raises SllmError if it can never be done.
+        """
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the prefix cache: those in a partly filled one are computed again by whoever resumes."""
 
     def abort(self, keys: Sequence[int]) -> None:
         """Forget requests; unknown keys are ignored. No output follows."""

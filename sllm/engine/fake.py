@@ -7,6 +7,7 @@ prompt_logprobs, and the end token that a front end put in; it ignores the rest.
 
 Environment of the warm process (all optional):
     SLLM_FAKE_TOKEN_S      seconds per step (default 0)
+    SLLM_FAKE_PREFILL_S    seconds more per token that a step computes and that is not in the prefix cache (default 0)
     SLLM_FAKE_LOAD_S       seconds to build (default 0)
     SLLM_FAKE_VOCAB        number of tokens where config.json does not tell (default 256)
     SLLM_FAKE_BUILD_ERROR  building fails with this text
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 from sllm.core.launch import Launch
 from sllm.core.tokens import Finish, FinishReason, Logprobs, Prefill, TokenRequest
 from sllm.engine.base import EngineCore, EngineKind, Hooks, Output
+from sllm.engine.fake_cache import FAKE_BLOCK_SIZE, PrefixCache
 from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed, InvalidArgument
 from sllm.version import VERSION
@@ -46,6 +48,7 @@ class _RealClock:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FakeSettings:
     token_s: float = 0.0
+    prefill_s: float = 0.0
     load_s: float = 0.0
     vocab_size: int = 256
     build_error: str = ""
@@ -56,6 +59,7 @@ class FakeSettings:
         crash_at = env.get("SLLM_FAKE_CRASH_AT")
         return cls(
             token_s=float(env.get("SLLM_FAKE_TOKEN_S", "0")),
+            prefill_s=float(env.get("SLLM_FAKE_PREFILL_S", "0")),
             load_s=float(env.get("SLLM_FAKE_LOAD_S", "0")),
             vocab_size=int(env.get("SLLM_FAKE_VOCAB", "256")),
             build_error=env.get("SLLM_FAKE_BUILD_ERROR", ""),
@@ -129,14 +133,18 @@ def _params_of(request: TokenRequest, max_model_len: int) -> _Params:
 
 
 class _Row:
-    """A request in the engine."""
+    """A request in the engine. `prefill` is set from when its tokens are computed until it is told."""
 
     def __init__(self, key: int, request: TokenRequest, params: _Params) -> None:
         self.key = key
         self.params = params
+        self.token_ids = request.token_ids
+        self.cache_salt = request.cache_salt
         self.prompt = request.token_ids[: len(request.token_ids) - request.num_output_tokens]
         self.position = request.num_output_tokens
-        self.fresh = request.num_output_tokens == 0
+        self.resumed = request.num_output_tokens > 0
+        self.begun = False
+        self.prefill: Prefill | None = None
         seeded = hashlib.blake2b(json.dumps([self.prompt, params.seed]).encode())
         self._stem = seeded.digest()
 
@@ -145,8 +153,18 @@ class _Row:
         return int.from_bytes(hashlib.blake2b(self._stem + repr(path).encode(), digest_size=8).digest())
 
 
+@dataclass(frozen=True, slots=True)
+class _Recompute:
+    key: int
+    token_ids: list[int]
+    cache_salt: str
+
+
 class FakeCore:
-    """At most `capacity` requests advance by one token per step; the others wait in order of arrival."""
+    """At most `capacity` requests advance by one token per step; the others wait in order of arrival. Recomputes are
+    done where requests leave room."""
+
+    block_size = FAKE_BLOCK_SIZE
 
     def __init__(
         self, settings: FakeSettings, clock: Clock, *, vocab_size: int, capacity: int, max_model_len: int
@@ -157,40 +175,69 @@ class FakeCore:
         self._capacity = capacity
         self._max_model_len = max_model_len
         self._rows: dict[int, _Row] = {}
+        self._recomputes: dict[int, _Recompute] = {}
+        self._cache = PrefixCache()
 
     def add(self, key: int, request: TokenRequest) -> None:
         if not 0 <= request.num_output_tokens < len(request.token_ids):
             raise InvalidArgument("a request needs at least one prompt token")
-        if len(request.token_ids) >= self._max_model_len:
-            raise InvalidArgument(f"{len(request.token_ids)} tokens leave no room in {self._max_model_len}")
+        self._check_room(request.token_ids)
         self._rows[key] = _Row(key, request, _params_of(request, self._max_model_len))
+
+    def recompute(self, key: int, token_ids: list[int], cache_salt: str) -> None:
+        if not token_ids:
+            raise InvalidArgument("there is nothing to recompute")
+        self._check_room(token_ids)
+        self._recomputes[key] = _Recompute(key, token_ids, cache_salt)
+
+    def _check_room(self, token_ids: list[int]) -> None:
+        if len(token_ids) >= self._max_model_len:
+            raise InvalidArgument(f"{len(token_ids)} tokens leave no room in {self._max_model_len}")
 
     def abort(self, keys: Sequence[int]) -> None:
         for key in keys:
             self._rows.pop(key, None)
+            self._recomputes.pop(key, None)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._rows)
+        return bool(self._rows or self._recomputes)
 
     def step(self) -> list[Output]:
-        self._clock.sleep(self._settings.token_s)
-        outputs = [self._advance(row) for row in list(self._rows.values())[: self._capacity]]
+        rows = list(self._rows.values())[: self._capacity]
+        recomputes = list(self._recomputes.values())[: self._capacity - len(rows)]
+        prefills = [self._prefill(recompute) for recompute in recomputes]
+        for row in rows:
+            if not row.begun:
+                row.begun, row.prefill = True, self._prefill(row)
+                prefills.append(row.prefill)
+        computed = sum(prefill.num_prompt_tokens - prefill.num_cached_tokens for prefill in prefills)
+        self._clock.sleep(self._settings.token_s + computed * self._settings.prefill_s)
+        outputs = [self._advance(row) for row in rows]
+        finish = Finish(reason=FinishReason.LENGTH)
+        for recompute, prefill in zip(recomputes, prefills, strict=False):
+            outputs.append(Output(key=recompute.key, token_ids=[], finish=finish, prefill=prefill))
         self.abort([output.key for output in outputs if output.finish])
         return outputs
 
     def close(self) -> None:
-        self._rows.clear()
+        self.abort([*self._rows, *self._recomputes])
+
+    def _prefill(self, work: _Row | _Recompute) -> Prefill:
+        cached = self._cache.compute(work.token_ids, work.cache_salt)
+        return Prefill(num_prompt_tokens=len(work.token_ids), num_cached_tokens=cached)
 
     def _advance(self, row: _Row) -> Output:
+        if row.resumed and (ended := _finish(row.params, row.token_ids[-1], row.position)):
+            return Output(key=row.key, token_ids=[], finish=ended)
         if row.position == self._settings.crash_at:
             raise RuntimeError(f"told to break at position {row.position}")
         token = self._token(row, row.position)
         output = Output(key=row.key, token_ids=[token], logprobs=self._logprobs(row, [token], row.params.logprobs))
-        if row.fresh:
-            row.fresh = False
-            output.prefill = Prefill(num_prompt_tokens=len(row.prompt), num_cached_tokens=0)
+        if not row.resumed and row.prefill is not None:
+            output.prefill = row.prefill
             output.prompt_logprobs = self._logprobs(row, row.prompt[1:], row.params.prompt_logprobs)
+        row.prefill = None
         row.position += 1
         output.finish = _finish(row.params, token, row.position)
         return output

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm.core.launch import Launch
-from sllm.core.tokens import FinishReason, TokenRequest
+from sllm.core.tokens import Finish, FinishReason, Prefill, TokenRequest
 from sllm.engine.base import Hooks, Output
 from sllm.engine.fake import FakeCore, FakeSettings, build_fake
 from sllm.errors import EngineFailed, InvalidArgument
@@ -172,6 +172,85 @@ def test_building_fails_when_told_to(make_launch: Callable[..., Launch]) -> None
 
 
 def test_its_settings_come_from_the_environment() -> None:
-    settings = FakeSettings.from_environment({"SLLM_FAKE_TOKEN_S": "0.5", "SLLM_FAKE_CRASH_AT": "3"})
-    assert settings == FakeSettings(token_s=0.5, crash_at=3)
+    settings = FakeSettings.from_environment(
+        {"SLLM_FAKE_TOKEN_S": "0.5", "SLLM_FAKE_PREFILL_S": "0.25", "SLLM_FAKE_CRASH_AT": "3"}
+    )
+    assert settings == FakeSettings(token_s=0.5, prefill_s=0.25, crash_at=3)
     assert FakeSettings.from_environment({}) == FakeSettings()
+
+
+def test_a_resumed_request_that_has_ended_finishes_with_no_further_token() -> None:
+    whole = tokens(run(core(), ask([5], max_tokens=4)))
+    (output,) = run(core(), ask([5, *whole], had=4, max_tokens=4))
+    assert (output.token_ids, output.finish) == ([], Finish(reason=FinishReason.LENGTH))
+    (output,) = run(core(), ask([5, *whole[:2]], had=2, max_tokens=4, stop_token_ids=[whole[1]]))
+    assert (output.token_ids, output.finish) == ([], Finish(reason=FinishReason.STOP, stop_token_id=whole[1]))
+
+
+def test_a_resumed_request_tells_nothing_of_its_prompt_again() -> None:
+    outputs = run(core(), ask([5, 6, 7], had=1, max_tokens=3, prompt_logprobs=1))
+    assert [(output.prefill, output.prompt_logprobs) for output in outputs] == [(None, None)] * 2
+
+
+def recompute(engine: FakeCore, key: int, token_ids: list[int], cache_salt: str = "") -> Output:
+    engine.recompute(key, token_ids, cache_salt)
+    outputs: list[Output] = []
+    while not outputs:
+        outputs = [output for output in engine.step() if output.key == key]
+    return outputs[0]
+
+
+def test_a_recompute_makes_no_token_and_fills_the_prefix_cache_in_blocks() -> None:
+    engine, prompt = core(), list(range(40))
+    first = recompute(engine, 1, prompt)
+    assert (first.token_ids, first.finish) == ([], Finish(reason=FinishReason.LENGTH))
+    assert first.prefill == Prefill(num_prompt_tokens=40, num_cached_tokens=0)
+    assert recompute(engine, 2, [*prompt, *range(40, 50)]).prefill == Prefill(
+        num_prompt_tokens=50, num_cached_tokens=2 * engine.block_size
+    )
+    (output,) = run(engine, ask(prompt, max_tokens=1))
+    assert output.prefill == Prefill(num_prompt_tokens=40, num_cached_tokens=32)
+    assert not engine.has_work
+
+
+def test_the_last_token_is_always_computed() -> None:
+    engine = core()
+    recompute(engine, 1, list(range(32)))
+    assert recompute(engine, 2, list(range(32))).prefill == Prefill(num_prompt_tokens=32, num_cached_tokens=16)
+
+
+def test_what_another_salt_or_another_beginning_has_cached_is_not_found() -> None:
+    engine = core()
+    recompute(engine, 1, list(range(40)), "a")
+    assert recompute(engine, 2, list(range(40)), "b").prefill == Prefill(num_prompt_tokens=40, num_cached_tokens=0)
+    other = [9, *range(1, 40)]
+    assert recompute(engine, 3, other, "a").prefill == Prefill(num_prompt_tokens=40, num_cached_tokens=0)
+
+
+def test_a_recompute_waits_until_requests_leave_room() -> None:
+    engine = core(capacity=1)
+    engine.recompute(1, [5], "")
+    engine.add(2, ask([6], max_tokens=2))
+    assert [output.key for _ in range(3) for output in engine.step()] == [2, 2, 1]
+
+
+def test_an_aborted_recompute_is_forgotten() -> None:
+    engine = core()
+    engine.recompute(1, [5], "")
+    engine.abort([1])
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("token_ids", [[], [0] * 512])
+def test_a_recompute_that_can_never_be_done_is_refused(token_ids: list[int]) -> None:
+    with pytest.raises(InvalidArgument):
+        core().recompute(1, token_ids, "")
+
+
+def test_what_is_not_cached_takes_its_time() -> None:
+    clock = Timer()
+    engine = core(clock=clock, prefill_s=0.5)
+    recompute(engine, 1, list(range(20)))
+    assert clock.slept_s == 10.0
+    run(engine, ask(list(range(20)), had=2, max_tokens=4))  # 16 of them are cached
+    assert clock.slept_s == 12.0
