@@ -142,6 +142,7 @@ class EngineConfig(_Section):
         default=60.0, gt=0, description="an engine host or store process without its agent ends after this"
     )
     start_timeout_s: float = Field(default=600.0, gt=0)
+    stall_s: float = Field(default=60.0, gt=0, description="an engine with work that makes no step for so long is dead")
     bind_host: str = "127.0.0.1"
     stop_with_agent: bool = Field(
         default=False, description="an orderly stop of the agent stops engine hosts and the store process too"

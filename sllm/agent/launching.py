@@ -105,6 +105,7 @@ class Launcher:
             memory_bytes=sum(device.memory_bytes for device in devices) if kind is DeviceKind.CPU else 0,
             kv_cache_bytes=engine.kv_cache_bytes,
             grace_s=engine.grace_s,
+            stall_s=engine.stall_s,
             tls_ca=str(tls.ca.absolute()) if tls else "",
             tls_certificate=str(tls.certificate.absolute()) if tls else "",
             tls_key=str(tls.key.absolute()) if tls else "",

@@ -27,6 +27,7 @@ class Launch:
     where; its layout is "hf", or "runtime" if this deployment's parameters have been saved before. `save_runtime` is
     the folder to save them in ("": do not). `execution_dir` holds the checkpoint's execution files. `record_path` is
     where the host writes its LaunchRecord, `scratch_dir` where its temporary files go, which are its agent's to remove.
+    An engine that has work and makes no step for `stall_s` is dead.
     """
 
     spec: ReplicaSpec
@@ -43,6 +44,7 @@ class Launch:
     memory_bytes: int
     kv_cache_bytes: int
     grace_s: float
+    stall_s: float = 60.0
     rank: int = 0
     save_runtime: str = ""
     tls_ca: str = ""

@@ -1,4 +1,5 @@
-"""The engine host: serves one replica to its agent (attach, stop) and to gateways (token streams).
+"""The engine host: serves one replica to its agent (attach, stop, migrate), to gateways (token streams) and to other
+engine hosts (recompute).
 
 Its states: STARTING -> READY -> DRAINING -> STOPPING, and FAILED from any of the first three. It ends when it is told
 to, or when no agent has been attached for the grace period; a failed one waits for either, so that its reason is read.
@@ -7,13 +8,17 @@ to, or when no agent has been attached for the grace period; a failed one waits 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from sllm.core.launch import Launch
+from sllm.core.migration import MigrationOrder, MigrationReport, Round
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.core.tokens import (
     PROTOCOL_VERSION,
@@ -27,13 +32,17 @@ from sllm.core.tokens import (
     TokenRequest,
 )
 from sllm.engine.base import EngineCore, Hooks, Output
-from sllm.engine.requests import Connection, Requests
+from sllm.engine.connection import Connection
+from sllm.engine.migrating import Migrations
+from sllm.engine.recomputes import Recomputes
+from sllm.engine.requests import Requests
 from sllm.engine.sizes import oversized
 from sllm.engine.status import StatusBoard
 from sllm.engine.thread import EngineThread
-from sllm.errors import EngineFailed, InvalidArgument, SllmError, StaleGeneration, Unavailable
+from sllm.engine.watchdog import Watchdog
+from sllm.errors import EngineFailed, InvalidArgument, NotFound, SllmError, StaleGeneration, Unavailable
 from sllm.rpc.control import Empty
-from sllm.rpc.engine import AttachRequest, HostStatus, StopRequest
+from sllm.rpc.engine import AttachRequest, HostStatus, RecomputeRequest, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +50,8 @@ log = logging.getLogger(__name__)
 class Host:
     """Make it in a running event loop. `finished` is set when the process should end.
 
-    `memory_bytes` measures what this replica holds; the load is told at most once in `load_every_s`.
+    `memory_bytes` measures what this replica holds; the load is told at most once in `load_every_s`; every `beat_s`
+    gateways get a sign of life, and the engine is looked after.
     """
 
     def __init__(
@@ -51,13 +61,19 @@ class Host:
         *,
         memory_bytes: Callable[[], int],
         load_every_s: float = 1.0,
+        beat_s: float = 1.0,
     ) -> None:
         self._launch = launch
         self._memory_bytes = memory_bytes
         self._load_every_s = load_every_s
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(build, self)
-        self._requests = Requests()
+        new_key = functools.partial(next, itertools.count(1))
+        self._requests = Requests(new_key)
+        self._recomputes = Recomputes(self._thread, new_key)
+        self._migrations = Migrations(self._requests, self._thread)
+        self._watchdog = Watchdog(launch.stall_s, beat_s)
+        self._beat_s = beat_s
         complete = launch.grant.ready_chunks >= launch.grant.chunks
         first = StartPhase.BUILDING if complete else StartPhase.LOADING
         self._board = StatusBoard(HostStatus(replica=launch.spec.id, state=ReplicaState.STARTING, phase=first))
@@ -65,6 +81,7 @@ class Host:
         self._grace: asyncio.TimerHandle | None = None
         self._drain: asyncio.TimerHandle | None = None
         self._load: asyncio.TimerHandle | None = None
+        self._pulse: asyncio.TimerHandle | None = None
         self._phase_since = time.monotonic()
         self._failure: EngineFailed | None = None
         self.finished = asyncio.Event()
@@ -121,6 +138,7 @@ class Host:
         """As `stop`. Called again, it can only make the end come sooner."""
         if self.status.state is ReplicaState.READY:
             self._board.update(state=ReplicaState.DRAINING)
+            self._recomputes.fail_all(self._away())
         if drain_s <= 0 or self.status.state is not ReplicaState.DRAINING or not self._requests:
             self._finish()
             return
@@ -134,11 +152,12 @@ class Host:
         if self.finished.is_set():
             return
         stopping = Unavailable(f"{self._launch.spec.id} is stopping")
-        self._thread.abort(self._requests.fail_all(stopping, time.monotonic()))
+        self._thread.abort(self._requests.fail_all(stopping, time.monotonic(), self._thread.steps))
+        self._recomputes.fail_all(stopping)
         self._requests.close_all()
         self._board.update(state=ReplicaState.STOPPING, running=0, waiting=0)
         self._board.close()
-        for timer in (self._grace, self._drain, self._load):
+        for timer in (self._grace, self._drain, self._load, self._pulse):
             if timer is not None:
                 timer.cancel()
         self.finished.set()
@@ -165,11 +184,13 @@ class Host:
                 f"gateway {opening.gateway!r} speaks token protocol {opening.protocol_version}, "
                 f"this engine host speaks {PROTOCOL_VERSION}"
             )
-        if opening.generation != self._launch.spec.generation:
-            raise StaleGeneration(
-                f"{self._launch.spec.id} has generation {self._launch.spec.generation}, not {opening.generation}"
-            )
+        self._check_generation(opening.generation)
         return opening.gateway
+
+    def _check_generation(self, generation: int) -> None:
+        spec = self._launch.spec
+        if generation != spec.generation:
+            raise StaleGeneration(f"{spec.id} has generation {spec.generation}, not {generation}")
 
     async def _read(self, frames: AsyncIterator[ClientFrame], connection: Connection) -> None:
         try:
@@ -195,6 +216,7 @@ class Host:
     def _take_request(self, request: TokenRequest, connection: Connection) -> None:
         refusal = self._refusal() or oversized(request)
         if refusal is None:
+            self._recomputes.supersede(request.request_id)
             self._thread.add(self._requests.open(connection, request), request)
             self._load_changed()
             return
@@ -204,14 +226,40 @@ class Host:
             token_ids=[],
             finish=Finish(reason=FinishReason.ERROR, error=refusal),
         )
-        connection.send(StepOutputs(outputs=[output], timestamp=time.monotonic()))
+        connection.send(StepOutputs(outputs=[output], timestamp=time.monotonic(), steps=self._thread.steps))
 
     def _refusal(self) -> SllmError | None:
         if self._failure is not None:
             return self._failure
-        if self.status.state is not ReplicaState.READY:
-            return Unavailable(f"{self._launch.spec.id} is {self.status.state}: it takes no requests")
-        return None
+        return None if self.status.state is ReplicaState.READY else self._away()
+
+    def _away(self) -> Unavailable:
+        return Unavailable(f"{self._launch.spec.id} is {self.status.state}: it takes no requests")
+
+    # --- migration -------------------------------------------------------------------------
+
+    async def migrate(self, request: MigrationOrder) -> AsyncIterator[MigrationReport]:
+        """Carry out an order, also while draining. Raises NotFound, StaleGeneration, EngineFailed, Unavailable."""
+        spec = self._launch.spec
+        if request.replica != spec.id:
+            raise NotFound(f"this is {spec.id}, not {request.replica}")
+        self._check_generation(request.generation)
+        if self._failure is not None:
+            raise self._failure
+        if self.status.state not in (ReplicaState.READY, ReplicaState.DRAINING):
+            raise Unavailable(f"{spec.id} is {self.status.state}: nothing runs there")
+        async with aclosing(self._migrations.run(request)) as reports:
+            async for report in reports:
+                self._load_changed()
+                yield report
+
+    async def recompute(self, request: RecomputeRequest) -> Round:
+        """Do one round of a migration to this replica. Raises StaleGeneration, Unavailable, EngineFailed, QueueFull."""
+        self._check_generation(request.generation)
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
+        return await self._recomputes.run(request)
 
     # --- the engine thread -----------------------------------------------------------------
 
@@ -232,6 +280,14 @@ class Host:
         if self.status.state is ReplicaState.STARTING:
             self.arrived(1.0)  # it may not have asked for all of them
             self._enter(StartPhase.READY, state=ReplicaState.READY, progress=1.0, memory_bytes=self._memory_bytes())
+            self._beat()
+
+    def _beat(self) -> None:
+        self._requests.beat(time.monotonic(), self._thread.steps)
+        if self._watchdog.hangs(self._thread.working, self._thread.steps):
+            self.failed(EngineFailed(f"the engine made no step for {self._launch.stall_s:g} s"))
+        if not self.finished.is_set() and self._failure is None:
+            self._pulse = self._loop.call_later(self._beat_s, self._beat)
 
     def _enter(self, phase: StartPhase, **changes: Any) -> None:
         now = time.monotonic()
@@ -244,16 +300,20 @@ class Host:
         self._board.update(runtime_saved=True)
 
     def stepped(self, outputs: list[Output]) -> None:
-        given_up = self._requests.deliver(outputs, time.monotonic())
+        outputs = self._recomputes.take(outputs)
+        given_up = self._requests.deliver(outputs, time.monotonic(), self._thread.steps)
         if given_up:
             self._thread.abort(given_up)
         if given_up or any(output.finish for output in outputs):
             self._load_changed()
 
     def failed(self, error: SllmError) -> None:
-        """The engine did not come up, or broke. Wait to be told to end: the agent wants to know why."""
+        """The engine did not come up, broke or hangs. Wait to be told to end: the agent wants to know why."""
+        if self._failure is not None:
+            return  # one that hung, and broke later
         self._failure = EngineFailed(error.message, hint=error.hint)
-        self._requests.fail_all(self._failure, time.monotonic())
+        self._requests.fail_all(self._failure, time.monotonic(), self._thread.steps)
+        self._recomputes.fail_all(self._failure)
         if not self.finished.is_set():
             draining = self.status.state is ReplicaState.DRAINING
             self._board.update(state=ReplicaState.FAILED, error=error.message, error_reason=error.reason)

@@ -1,75 +1,67 @@
-"""Whose request is whose: the open requests of an engine host, and the token streams that they came in on."""
+"""Whose request is whose: the open requests of an engine host, and the token streams that they came in on.
+
+A request is one sequence, or several (n choices) with the same request id; each has a key and a stream id of its own.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sllm.core.tokens import Finish, FinishReason, StepOutputs, TokenOutput, TokenRequest
+from sllm.core.ids import RequestId
+from sllm.core.route import RouteTarget
+from sllm.core.tokens import Finish, FinishReason, Moved, StepOutputs, TokenOutput, TokenRequest
 from sllm.engine.base import Output
-from sllm.errors import InvalidArgument, SllmError, Unavailable
+from sllm.engine.connection import Connection
+from sllm.errors import InvalidArgument, SllmError
 
-# A gateway that does not read for this many engine steps has a problem that more memory here would not solve.
-MAX_UNREAD_STEPS = 8192
-
-
-class Connection:
-    """One gateway's token stream: its open requests by stream id, and the steps it has not read yet."""
-
-    def __init__(self, gateway: str) -> None:
-        self.gateway = gateway
-        self.keys: dict[int, int] = {}
-        self._unread: deque[StepOutputs] = deque()
-        self._changed = asyncio.Event()
-        self._closed = False
-        self._error: SllmError | None = None
-
-    def send(self, step: StepOutputs) -> bool:
-        """Queue a step. False: the reader is too far behind, and has lost its connection."""
-        if len(self._unread) >= MAX_UNREAD_STEPS:
-            self.close(Unavailable(f"gateway {self.gateway!r} is {MAX_UNREAD_STEPS} steps behind in reading"))
-        if not self._closed:
-            self._unread.append(step)
-            self._changed.set()
-        return not self._closed
-
-    def close(self, error: SllmError | None = None) -> None:
-        """End the stream after what is queued: normally, or by raising `error` at its reader."""
-        if not self._closed:
-            self._closed = True
-            self._error = error
-            self._changed.set()
-
-    async def steps(self) -> AsyncIterator[StepOutputs]:
-        """Yield steps until the connection is closed."""
-        while True:
-            while self._unread:
-                yield self._unread.popleft()
-            if self._closed:
-                break
-            self._changed.clear()
-            await self._changed.wait()
-        if self._error is not None:
-            raise self._error
+# How much the latest token weighs in a sequence's interval: one that was late by chance must not look like a trend.
+_LATEST = 0.2
 
 
 @dataclass(slots=True)
-class _Open:
+class Sequence:
+    """One open sequence. `token_ids` are prompt and output so far, four bytes each: what goes elsewhere if it moves.
+
+    `interval_s` is the time between its tokens, smoothed; None before the second.
+    """
+
     connection: Connection
     stream_id: int
-    position: int
+    request: RequestId
+    cache_salt: str
+    num_prompt_tokens: int
+    token_ids: array[int]
+    interval_s: float | None = None
+    last_at: float | None = None
+
+    @property
+    def position(self) -> int:
+        """How many output tokens its gateway has been sent."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def advance(self, token_ids: list[int], now: float) -> None:
+        if not token_ids:
+            return
+        self.token_ids.extend(token_ids)
+        if self.last_at is not None:
+            latest_s = (now - self.last_at) / len(token_ids)
+            before_s = latest_s if self.interval_s is None else self.interval_s
+            self.interval_s = before_s + _LATEST * (latest_s - before_s)
+        self.last_at = now
 
 
 class Requests:
-    """The table of open requests, by a key that is never used twice."""
+    """The table of open sequences. `new_key` gives a key that was never used before; `ended` is called when the last
+    sequence of a request is gone, unless it was handed over."""
 
-    def __init__(self) -> None:
-        self._open: dict[int, _Open] = {}
+    def __init__(self, new_key: Callable[[], int], ended: Callable[[RequestId], None] = lambda _: None) -> None:
+        self._new_key = new_key
+        self._ended = ended
+        self._open: dict[int, Sequence] = {}
+        self._by_request: dict[RequestId, dict[int, Sequence]] = {}
         self._connections: set[Connection] = set()
-        self._keys = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -88,42 +80,91 @@ class Requests:
         """Enter a request and return its key. Raises InvalidArgument if its stream id is in use."""
         if request.stream_id in connection.keys:
             raise InvalidArgument(f"gateway {connection.gateway!r} used stream id {request.stream_id} twice")
-        key = next(self._keys)
-        self._open[key] = _Open(connection, request.stream_id, request.num_output_tokens)
+        key = self._new_key()
+        sequence = Sequence(
+            connection=connection,
+            stream_id=request.stream_id,
+            request=request.request_id,
+            cache_salt=request.cache_salt,
+            num_prompt_tokens=len(request.token_ids) - request.num_output_tokens,
+            token_ids=array("I", request.token_ids),
+        )
+        self._open[key] = self._by_request.setdefault(request.request_id, {})[key] = sequence
         connection.keys[request.stream_id] = key
         return key
 
     def drop(self, connection: Connection, stream_ids: list[int]) -> list[int]:
         """Forget some requests of a connection; return the keys of those that were open."""
-        keys = [connection.keys.pop(stream_id) for stream_id in stream_ids if stream_id in connection.keys]
+        keys = [connection.keys[stream_id] for stream_id in stream_ids if stream_id in connection.keys]
         for key in keys:
-            del self._open[key]
+            request = self._forget(key)
+            if request not in self._by_request:
+                self._ended(request)
         return keys
 
-    def deliver(self, outputs: list[Output], timestamp: float) -> list[int]:
-        """Hand each connection its share of one engine step; what nobody waits for any more is dropped.
+    def _forget(self, key: int) -> RequestId:
+        sequence = self._open.pop(key)
+        del sequence.connection.keys[sequence.stream_id]
+        others = self._by_request[sequence.request]
+        del others[key]
+        if not others:
+            del self._by_request[sequence.request]
+        return sequence.request
+
+    # --- migration -------------------------------------------------------------------------
+
+    @property
+    def ids(self) -> tuple[RequestId, ...]:
+        """The requests that are open, in order of arrival."""
+        return tuple(self._by_request)
+
+    def sequences(self, request: RequestId) -> tuple[Sequence, ...]:
+        """Return what is open of a request: nothing if it is not, or not any more."""
+        return tuple(self._by_request.get(request, {}).values())
+
+    def hand_over(self, request: RequestId, target: RouteTarget, timestamp: float, steps: int) -> list[int]:
+        """Tell its gateway, behind all that was sent before, that a request goes on at `target`, and forget it.
+
+        Return the keys of its sequences, for the engine to abort: what a step under way still makes of them is
+        dropped.
+        """
+        leaving = dict(self._by_request.get(request, {}))
+        shares: dict[Connection, list[Moved]] = {}
+        for key, sequence in leaving.items():
+            moved = Moved(stream_id=sequence.stream_id, position=sequence.position, target=target)
+            shares.setdefault(sequence.connection, []).append(moved)
+            self._forget(key)
+        for connection, moves in shares.items():
+            connection.send(StepOutputs(moves=moves, timestamp=timestamp, steps=steps))
+        return list(leaving)
+
+    # --- steps -----------------------------------------------------------------------------
+
+    def deliver(self, outputs: list[Output], timestamp: float, steps: int) -> list[int]:
+        """Hand each connection its share of the engine's step number `steps`; what nobody waits for any more is
+        dropped.
 
         Return the keys of requests that ended because their gateway does not read, for the engine to abort.
         """
         shares: dict[Connection, list[TokenOutput]] = {}
         for output in outputs:
-            row = self._open.get(output.key)
-            if row is not None:
-                shares.setdefault(row.connection, []).append(self._advance(row, output))
+            sequence = self._open.get(output.key)
+            if sequence is not None:
+                shares.setdefault(sequence.connection, []).append(self._advance(sequence, output, timestamp))
         given_up: list[int] = []
         for connection, share in shares.items():
-            steps = (StepOutputs(outputs=outputs, timestamp=timestamp) for outputs in _messages(share))
-            if not all(connection.send(step) for step in steps):
+            messages = (StepOutputs(outputs=part, timestamp=timestamp, steps=steps) for part in _messages(share))
+            if not all(connection.send(message) for message in messages):
                 given_up += self.drop(connection, list(connection.keys))
         return given_up
 
-    def _advance(self, row: _Open, output: Output) -> TokenOutput:
-        position = row.position
-        row.position += len(output.token_ids)
+    def _advance(self, sequence: Sequence, output: Output, now: float) -> TokenOutput:
+        position = sequence.position
+        sequence.advance(output.token_ids, now)
         if output.finish is not None:
-            self.drop(row.connection, [row.stream_id])
+            self.drop(sequence.connection, [sequence.stream_id])
         return TokenOutput(
-            stream_id=row.stream_id,
+            stream_id=sequence.stream_id,
             position=position,
             token_ids=output.token_ids,
             finish=output.finish,
@@ -132,11 +173,16 @@ class Requests:
             prefill=output.prefill,
         )
 
-    def fail_all(self, error: SllmError, timestamp: float) -> list[int]:
+    def beat(self, timestamp: float, steps: int) -> None:
+        """Give a sign of life to each gateway that has requests here and has heard nothing since the last beat."""
+        for connection in self._connections:
+            connection.beat(StepOutputs(timestamp=timestamp, steps=steps))
+
+    def fail_all(self, error: SllmError, timestamp: float, steps: int) -> list[int]:
         """End every open request with `error`; return their keys."""
         keys = list(self._open)
         finish = Finish(reason=FinishReason.ERROR, error=error)
-        self.deliver([Output(key=key, token_ids=[], finish=finish) for key in keys], timestamp)
+        self.deliver([Output(key=key, token_ids=[], finish=finish) for key in keys], timestamp, steps)
         return keys
 
     def close_all(self) -> None:

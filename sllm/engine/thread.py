@@ -41,6 +41,13 @@ class _Add:
 
 
 @dataclass(frozen=True, slots=True)
+class _Recompute:
+    key: int
+    token_ids: list[int]
+    cache_salt: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Abort:
     keys: list[int]
 
@@ -55,15 +62,25 @@ class _Stop:
     pass
 
 
+_Command = _Add | _Recompute | _Abort | _Wake | _Stop
+
+
 class EngineThread:
-    """Start it in a running event loop. `add`, `abort` and `stop` only leave a command and never block."""
+    """Start it in a running event loop. `add`, `recompute`, `abort` and `stop` only leave a command and never block.
+
+    `steps` counts the steps that have ended; `working` is False while the thread waits for commands; `block_size` is
+    the engine's once it is built.
+    """
 
     def __init__(self, build: Callable[[Hooks], EngineCore], listener: Listener) -> None:
         self._build = build
         self._listener = listener
-        self._inbox: queue.SimpleQueue[_Add | _Abort | _Wake | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
+        self.steps = 0
+        self.working = False
+        self.block_size = 1
         # A daemon: a build cannot be interrupted, and must not keep a process that is told to end.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -72,6 +89,9 @@ class EngineThread:
 
     def add(self, key: int, request: TokenRequest) -> None:
         self._inbox.put(_Add(key, request))
+
+    def recompute(self, key: int, token_ids: list[int], cache_salt: str) -> None:
+        self._inbox.put(_Recompute(key, token_ids, cache_salt))
 
     def abort(self, keys: list[int]) -> None:
         self._inbox.put(_Abort(keys))
@@ -83,12 +103,14 @@ class EngineThread:
         core: EngineCore | None = None
         try:
             core = self._build(self._hooks())
+            self.block_size = core.block_size
             self._tell(self._listener.built)
             self._serve(core)
         except Exception as error:
             log.exception("the engine failed")
             self._tell(self._listener.failed, _engine_error(error))
         finally:
+            self.working = False
             if core is not None:
                 _close(core)
             self._tell(self.ended.set)
@@ -104,30 +126,36 @@ class EngineThread:
     def _serve(self, core: EngineCore) -> None:
         while self._obey(core):
             outputs = core.step()
+            self.steps += 1
             if outputs:
                 self._tell(self._listener.stepped, outputs)
 
     def _obey(self, core: EngineCore) -> bool:
         """Carry out the commands that wait, and wait for more while the engine has no work. False: stop."""
         while True:
+            self.working = core.has_work
             try:
-                command = self._inbox.get(block=not core.has_work)
+                command = self._inbox.get(block=not self.working)
             except queue.Empty:
                 return True
+            self.working = True
             match command:
-                case _Add():
-                    self._add(core, command)
+                case _Add(key, request):
+                    self._enter(key, lambda: core.add(key, request))
+                case _Recompute(key, token_ids, cache_salt):
+                    self._enter(key, lambda: core.recompute(key, token_ids, cache_salt))
                 case _Abort():
                     core.abort(command.keys)
                 case _Stop():
                     return False
 
-    def _add(self, core: EngineCore, command: _Add) -> None:
+    def _enter(self, key: int, enter: Callable[[], None]) -> None:
+        """Let the engine take something in; if it refuses that, say so as its only output."""
         try:
-            core.add(command.key, command.request)
+            enter()
         except SllmError as error:
             finish = Finish(reason=FinishReason.ERROR, error=error)
-            self._tell(self._listener.stepped, [Output(key=command.key, token_ids=[], finish=finish)])
+            self._tell(self._listener.stepped, [Output(key=key, token_ids=[], finish=finish)])
 
     def _in_steps(self, listener: Callable[[float], None]) -> Callable[[float], None]:
         """Return a function that tells a share only when it has grown by a step, or is all."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from sllm.core.ids import RequestId
 from sllm.core.tokens import StepOutputs, TokenRequest
-from sllm.engine import requests as table
+from sllm.engine import connection as connections
 from sllm.engine.base import Output
-from sllm.engine.requests import Connection, Requests
+from sllm.engine.connection import Connection
+from sllm.engine.requests import Requests
 from sllm.errors import EngineFailed, SllmError, Unavailable
 
 
@@ -22,16 +25,21 @@ def ask(stream_id: int, *, had: int = 0) -> TokenRequest:
     )
 
 
+def table(ended: list[RequestId] | None = None) -> Requests:
+    keys = itertools.count(1)
+    return Requests(lambda: next(keys), (ended if ended is not None else []).append)
+
+
 async def drained(connection: Connection) -> list[StepOutputs]:
     connection.close()
     return [step async for step in connection.steps()]
 
 
 async def test_one_engine_step_is_one_message_for_each_gateway() -> None:
-    requests = Requests()
+    requests = table()
     one, two = requests.connect("one"), requests.connect("two")
     keys = [requests.open(one, ask(1)), requests.open(two, ask(1)), requests.open(one, ask(2))]
-    requests.deliver([Output(key=key, token_ids=[key]) for key in keys], 1.5)
+    requests.deliver([Output(key=key, token_ids=[key]) for key in keys], 1.5, 9)
     first, second = await drained(one), await drained(two)
     assert [[output.stream_id for output in step.outputs] for step in first] == [[1, 2]]
     assert [[output.stream_id for output in step.outputs] for step in second] == [[1]]
@@ -39,26 +47,26 @@ async def test_one_engine_step_is_one_message_for_each_gateway() -> None:
 
 
 async def test_positions_count_every_token_of_a_step() -> None:
-    requests = Requests()
+    requests = table()
     connection = requests.connect("one")
     key = requests.open(connection, ask(1, had=4))
     for token_ids in ([1, 2], [], [3]):
-        requests.deliver([Output(key=key, token_ids=token_ids)], 0.0)
+        requests.deliver([Output(key=key, token_ids=token_ids)], 0.0, 9)
     assert [step.outputs[0].position for step in await drained(connection)] == [4, 6, 6]
 
 
 async def test_output_for_a_request_that_is_gone_is_dropped() -> None:
-    requests = Requests()
+    requests = table()
     connection = requests.connect("one")
     key = requests.open(connection, ask(1))
     assert requests.drop(connection, [1, 2]) == [key]
-    requests.deliver([Output(key=key, token_ids=[1])], 0.0)
+    requests.deliver([Output(key=key, token_ids=[1])], 0.0, 9)
     assert await drained(connection) == []
     assert len(requests) == 0
 
 
 async def test_a_stream_id_may_be_used_again_with_another_key() -> None:
-    requests = Requests()
+    requests = table()
     connection = requests.connect("one")
     first = requests.open(connection, ask(1))
     requests.drop(connection, [1])
@@ -68,29 +76,29 @@ async def test_a_stream_id_may_be_used_again_with_another_key() -> None:
 async def test_a_gateway_that_does_not_read_loses_its_connection_and_its_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(table, "MAX_UNREAD_STEPS", 2)
-    requests = Requests()
+    monkeypatch.setattr(connections, "MAX_UNREAD_STEPS", 2)
+    requests = table()
     slow, other = requests.connect("slow"), requests.connect("other")
     key, kept = requests.open(slow, ask(1)), requests.open(other, ask(1))
     step = [Output(key=key, token_ids=[1])]
-    assert [requests.deliver(step, 0.0) for _ in range(3)] == [[], [], [key]]
-    assert requests.deliver([Output(key=kept, token_ids=[1])], 0.0) == []
+    assert [requests.deliver(step, 0.0, 9) for _ in range(3)] == [[], [], [key]]
+    assert requests.deliver([Output(key=kept, token_ids=[1])], 0.0, 9) == []
     with pytest.raises(Unavailable, match="behind"):
         [_ async for _ in slow.steps()]
 
 
 async def test_failing_all_ends_each_request_with_the_error() -> None:
-    requests = Requests()
+    requests = table()
     connection = requests.connect("one")
     keys = [requests.open(connection, ask(stream_id)) for stream_id in (1, 2)]
-    assert requests.fail_all(EngineFailed("gone"), 0.0) == keys
+    assert requests.fail_all(EngineFailed("gone"), 0.0, 9) == keys
     (step,) = await drained(connection)
     assert [str(output.finish.error) for output in step.outputs if output.finish] == ["gone", "gone"]
     assert len(requests) == 0
 
 
 async def test_an_error_at_closing_comes_after_what_was_sent() -> None:
-    connection = Requests().connect("one")
+    connection = table().connect("one")
     connection.send(StepOutputs())
     connection.close(SllmError("late"))
     connection.close()
@@ -101,9 +109,9 @@ async def test_an_error_at_closing_comes_after_what_was_sent() -> None:
 
 
 async def test_large_outputs_of_one_step_do_not_share_a_message() -> None:
-    requests = Requests()
+    requests = table()
     one = requests.connect("one")
     keys = [requests.open(one, ask(stream_id)) for stream_id in (1, 2, 3)]
     large = [Output(key=key, token_ids=[7], prompt_logprobs=b"large") for key in keys[:2]]
-    requests.deliver([*large, Output(key=keys[2], token_ids=[7])], 1.5)
+    requests.deliver([*large, Output(key=keys[2], token_ids=[7])], 1.5, 9)
     assert [[output.stream_id for output in step.outputs] for step in await drained(one)] == [[1], [2], [3]]
