@@ -14,12 +14,13 @@ from typing import Any
 from sllm.agent.changes import Changes
 from sllm.agent.warm.base import HostFds
 from sllm.core.launch import Launch, LaunchRecord, WarmReady
+from sllm.core.migration import MigrationOrder, MigrationReport, Round
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.core.tokens import ClientFrame, StepOutputs
-from sllm.errors import EngineFailed, StaleGeneration, Unavailable
+from sllm.errors import EngineFailed, SllmError, StaleGeneration, Unavailable
 from sllm.rpc import transport
 from sllm.rpc.control import Empty
-from sllm.rpc.engine import AttachRequest, HostStatus, StopRequest, handlers
+from sllm.rpc.engine import AttachRequest, HostStatus, RecomputeRequest, StopRequest, handlers
 
 _FIRST_PID = 1 << 30  # beyond any real one
 
@@ -38,6 +39,9 @@ class FakeHost:
         self.signals: list[signal.Signals] = []
         self.stubborn = False  # does not end when it is told to
         self.attempts = 0  # to attach
+        self.orders: list[MigrationOrder] = []
+        self.orders_ended = asyncio.Event()
+        self.reports: asyncio.Queue[MigrationReport | SllmError | None] = asyncio.Queue()
         self._silent = False
         self._asked = Changes()
         self._pid = pid
@@ -105,6 +109,20 @@ class FakeHost:
         if not self.stubborn and request.drain_s == 0:
             self.die("exit code 0")
         return Empty()
+
+    async def migrate(self, request: MigrationOrder) -> AsyncIterator[MigrationReport]:
+        """Report what the test has put into `reports`, until that is an error or None."""
+        self.orders.append(request)
+        try:
+            while (report := await self.reports.get()) is not None:
+                if isinstance(report, SllmError):
+                    raise report
+                yield report
+        finally:
+            self.orders_ended.set()
+
+    async def recompute(self, request: RecomputeRequest) -> Round:
+        return Round(tokens=len(request.token_ids), cached_tokens=0, seconds=0.0)
 
     async def stream(self, frames: AsyncIterator[ClientFrame]) -> AsyncIterator[StepOutputs]:
         async for _ in frames:
