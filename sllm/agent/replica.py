@@ -91,6 +91,11 @@ class Replica:
         """True once nothing of it runs any more."""
         return self._life is not None and self._life.done()
 
+    @property
+    def host(self) -> EngineHost | None:
+        """Its engine host, from when it listens until nothing of the replica runs any more."""
+        return None if self.over else self._host
+
     def start(self, entry: StoredCheckpoint) -> None:
         """Begin: get a grant of the weights, fork, let the host load and build."""
         self._begin(lambda: self._started(entry))

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Callable
 
+from sllm.agent.hosts import EngineHost
 from sllm.agent.launching import Launcher
 from sllm.agent.layouts import Layouts
 from sllm.agent.leases import Leases
@@ -18,7 +19,7 @@ from sllm.core.device import Device
 from sllm.core.ids import ReplicaId
 from sllm.core.launch import LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
-from sllm.errors import CapacityExceeded, Conflict, SllmError, StaleGeneration, Unavailable
+from sllm.errors import CapacityExceeded, Conflict, NotFound, SllmError, StaleGeneration, Unavailable
 from sllm.loader.store import SsdStore
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,17 @@ class Replicas:
             raise
         self._new(spec, devices).start(entry)
         self._on_change()
+
+    def host(self, id: ReplicaId, generation: int) -> EngineHost:  # noqa: A002 - it is one
+        """Return the engine host of a replica. Raises NotFound, StaleGeneration; Unavailable if it has none."""
+        replica = self._replicas.get(id)
+        if replica is None:
+            raise NotFound(f"there is no replica {id} on this node")
+        if generation != replica.spec.generation:
+            raise StaleGeneration(f"{id} has generation {replica.spec.generation}, the command {generation}")
+        if replica.host is None:
+            raise Unavailable(f"{id} is {replica.status.state}: it has no engine host")
+        return replica.host
 
     def stop(self, id: ReplicaId, generation: int, drain_s: float) -> None:  # noqa: A002 - it is one
         """Stop a replica; one that is not there is no error. Raises StaleGeneration."""

@@ -14,6 +14,7 @@ from sllm.agent.replicas import Replicas
 from sllm.agent.verifying import verify
 from sllm.agent.weights import Weights
 from sllm.core.checkpoint import ExecutionFile
+from sllm.core.migration import MigrationReport
 from sllm.errors import InvalidArgument, NotFound, StaleGeneration
 from sllm.loader.store import SsdStore
 from sllm.log import LogTail
@@ -22,6 +23,7 @@ from sllm.rpc.agents import (
     AddProgress,
     AgentReadLogsRequest,
     GetExecutionFilesRequest,
+    MigrateCommand,
     RemoveCheckpointCommand,
     StartReplicaCommand,
     StopReplicaCommand,
@@ -87,6 +89,14 @@ class Agent:
         self._admit(request.epoch)
         self._replicas.stop(request.replica, request.generation, request.drain_s)
         return Empty()
+
+    async def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:
+        """Have a replica's engine host carry out an order, and pass on what it reports, its errors included."""
+        self._admit(request.epoch)
+        host = self._replicas.host(request.order.replica, request.order.generation)
+        async with aclosing(host.client.migrate(request.order)) as reports:
+            async for report in reports:
+                yield report
 
     async def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[ExecutionFile]:
         pieces = self._store.execution_files(request.digest, piece_bytes=PIECE_BYTES)
