@@ -1,7 +1,8 @@
 """The same on a GPU: what the link can carry, and SSD -> GPU beside it. Not yet run on a GPU.
 
 The limit is measured in the same run: copies of one large registered buffer. The load goes through a pool that was
-registered before the clock, so that the copy of one chunk runs beside the read of the next.
+registered before the clock, so that the copy of one chunk runs beside the read of the next. What an engine host does,
+DRAM -> GPU, is in loader_cuda_pool.py, which runs by itself.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ What would surprise a reader:
   takes the bytes through a little memory of its own.
 - A call that CUDA refuses leaves its error in the thread that made it, and torch reports it there as that of whatever
   comes next. So memory is registered in threads that do nothing else.
-- One copy must not be from memory of which only a part is registered; that one which crosses from a registration into
-  the next is good is documented, but not known to us.
+- A copy from memory of which only a part is registered is an error, and whether one may cross from a registration into
+  the next is not tested: copies here keep to one.
 - Memory must be unregistered before it is unmapped.
 - A block from torch's allocator may still be used by work queued on the current stream: the copying stream waits for
   that first.
