@@ -271,7 +271,9 @@ async def serve(make_launch: Callable[..., Launch]) -> AsyncIterator[Callable[..
     """Return a coroutine function that serves a host with the fake engine; keywords are a launch's and `fake`."""
     async with AsyncExitStack() as stack:
 
-        async def start(*, fake: FakeSettings | None = None, gated: bool = False, **changes: Any) -> Served:
+        async def start(
+            *, fake: FakeSettings | None = None, gated: bool = False, beat_s: float = 1.0, **changes: Any
+        ) -> Served:
             launch, clock, settings = make_launch(**changes), StepClock(), fake or FakeSettings()
             if not gated:
                 clock.open()
@@ -280,6 +282,7 @@ async def serve(make_launch: Callable[..., Launch]) -> AsyncIterator[Callable[..
                 lambda hooks: build_fake(launch, hooks, settings, clock),
                 memory_bytes=lambda: 42,
                 load_every_s=0.01,
+                beat_s=beat_s,
             )
             server, port = await transport.serve([handlers(host)], "127.0.0.1:0", None)
             client = EngineClient(f"127.0.0.1:{port}", None, peer="engine host")
