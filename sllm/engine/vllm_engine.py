@@ -22,10 +22,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from sllm.core.launch import Launch
 from sllm.core.tokens import Finish, FinishReason, TokenRequest
-from sllm.engine import vllm_loader, vllm_runtime
+from sllm.engine import vllm_loader, vllm_resume, vllm_runtime
 from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.vllm_args import engine_config
 from sllm.engine.vllm_errors import build_error
+from sllm.engine.vllm_recompute import Recomputes
 from sllm.engine.vllm_tokens import engine_request, output_of, sampling_params
 from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed, InvalidArgument, SllmError
@@ -35,6 +36,7 @@ def build(launch: Launch, weights: Weights, hooks: Hooks) -> EngineCore:
     """Build vLLM's engine for a launch. Raises the SllmError that says best why it does not come up."""
     torch.set_num_threads(launch.threads)
     config = engine_config(launch)
+    vllm_resume.install(config.model_config.get_vocab_size())
     offered = vllm_loader.offer(weights, launch, hooks)
     try:
         core = VllmEngineCore(config, _Executor, log_stats=False)
@@ -71,57 +73,78 @@ class VllmCore:
         self._preparing: dict[int, Future[Any]] = {}
         self._prepared: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._grammars_ready = False
+        self._ended: list[Output] = []
+        self._recomputes = Recomputes()
 
     def add(self, key: int, request: TokenRequest) -> None:
         params = sampling_params(request.sampling_params)
-        self._check(request, params)
-        theirs = engine_request(key, request, params)
+        self._check(request.token_ids, request.num_output_tokens)
+        self._check_params(request, params)
+        theirs = engine_request(key, request, vllm_resume.prompt_of(request), params)
         if params.structured_outputs is None:
-            self._enter(*self._core.preprocess_add_request(theirs))
+            self._enter(self._prepare(theirs))
             return
-        future = self._grammars.submit(self._prepare, theirs)
+        future = self._grammars.submit(self._prepare_grammar, theirs)
         self._preparing[key] = future
         future.add_done_callback(lambda _: self._announce(key))
 
-    def _enter(self, request: Any, wave: int) -> None:
+    def recompute(self, key: int, token_ids: list[int], cache_salt: str) -> None:
+        self._check(token_ids, num_output_tokens=0)
+        self._recomputes.hold(key, token_ids, cache_salt)
+
+    @property
+    def block_size(self) -> int:
+        return int(self._core.vllm_config.cache_config.block_size)
+
+    def _enter(self, request: Any) -> None:
+        ended = vllm_resume.ended(request, self._max_model_len)
+        if ended is not None:
+            self._ended.append(ended)
+            return
         try:
-            self._core.add_request(request, wave)
+            self._core.add_request(request)
         except Exception as error:
             raise EngineFailed(f"the engine did not take the request: {error}") from error
 
-    def _check(self, request: TokenRequest, params: Any) -> None:
+    def _check(self, token_ids: list[int], num_output_tokens: int) -> None:
         """Refuse what would break the engine for everybody. The front end has checked more, but it may be another
         version, or another model's."""
-        if request.num_output_tokens:
-            raise InvalidArgument("this engine cannot resume a request yet")
-        if not request.token_ids:
+        if not 0 <= num_output_tokens < len(token_ids):
             raise InvalidArgument("a request needs at least one prompt token")
-        room = self._max_model_len - len(request.token_ids)
-        if room < 1:
-            raise InvalidArgument(
-                f"{len(request.token_ids)} tokens leave no room in a context of {self._max_model_len}"
-            )
-        if max(request.token_ids) >= self._vocab_size:
-            raise InvalidArgument(f"token {max(request.token_ids)} is not in the vocabulary of {self._vocab_size}")
+        if len(token_ids) - num_output_tokens >= self._max_model_len or len(token_ids) > self._max_model_len:
+            raise InvalidArgument(f"{len(token_ids)} tokens leave no room in a context of {self._max_model_len}")
+        if max(token_ids) >= self._vocab_size:
+            raise InvalidArgument(f"token {max(token_ids)} is not in the vocabulary of {self._vocab_size}")
+
+    def _check_params(self, request: TokenRequest, params: Any) -> None:
+        """As `_check`; fill in what depends on the engine, and leave out what was answered before it came here."""
         if params.n != 1:
             raise InvalidArgument("each choice must be a request of its own")
         if params.max_tokens is None:
-            params.max_tokens = room
+            params.max_tokens = self._max_model_len - len(request.token_ids) + request.num_output_tokens
+        if request.num_output_tokens and params.prompt_logprobs is not None:
+            params.prompt_logprobs = None
+            params.skip_reading_prefix_cache = False  # it was not to be read for their sake
         try:
             params.verify(self._core.vllm_config.model_config, None, None, None)
         except (ValueError, VLLMClientError) as error:
             raise InvalidArgument(f"sampling parameters: {error}") from error
 
-    def _prepare(self, request: Any) -> Any:
-        """In the grammar thread: return the request as `add_request` takes it, its grammar compiled."""
+    def _prepare(self, theirs: Any) -> Any:
+        """Return vLLM's Request, all output that it has had in it."""
+        request, _ = self._core.preprocess_add_request(theirs)
+        grammar = request.structured_output_request and request.structured_output_request.grammar
+        if isinstance(grammar, Exception):
+            raise grammar
+        vllm_resume.replay(request, self._core.structured_output_manager)
+        return request
+
+    def _prepare_grammar(self, theirs: Any) -> Any:
+        """In the grammar thread: as `_prepare`, its grammar compiled."""
         if not self._grammars_ready:
             self._make_grammar_manager()
             self._grammars_ready = True
-        prepared = self._core.preprocess_add_request(request)
-        grammar = prepared[0].structured_output_request.grammar
-        if isinstance(grammar, Exception):
-            raise grammar
-        return prepared
+        return self._prepare(theirs)
 
     def _make_grammar_manager(self) -> None:
         """Replace the manager, which was made without a tokenizer, by one that has it."""
@@ -140,20 +163,28 @@ class VllmCore:
             future = self._preparing.pop(key, None)
             if future is not None:
                 future.cancel()
+        self._ended = [output for output in self._ended if output.key not in keys]
+        self._recomputes.forget(keys)
         self._core.abort_requests([str(key) for key in keys])
 
     @property
     def has_work(self) -> bool:
         core = self._core
-        return bool(core.scheduler.has_requests() or core.batch_queue) or not self._prepared.empty()
+        waiting = self._ended or self._recomputes.held or not self._prepared.empty()
+        return bool(waiting or core.scheduler.has_requests() or core.batch_queue)
 
     def step(self) -> list[Output]:
-        outputs = self._admit()
+        refused = self._admit()
+        self._recomputes.enter(self._core.scheduler, self._add_recompute)
+        outputs, self._ended = self._ended + refused, []
         stepped, executed = self._core.step_fn()
         self._core.post_step(executed)
         for client in (stepped or {}).values():
-            outputs += [output_of(output) for output in client.outputs]
+            outputs += [self._recomputes.strip(output_of(output)) for output in client.outputs]
         return outputs
+
+    def _add_recompute(self, key: int, request: TokenRequest, params: Any) -> None:
+        self._enter(self._prepare(engine_request(key, request, request.token_ids, params)))
 
     def _admit(self) -> list[Output]:
         """Let the requests in whose grammar is ready; return an output for each one whose grammar is wrong."""
@@ -164,7 +195,7 @@ class VllmCore:
             if future is None:
                 continue  # aborted meanwhile
             try:
-                self._enter(*_grammar_result(future))
+                self._enter(_grammar_result(future))
             except SllmError as error:
                 finish = Finish(reason=FinishReason.ERROR, error=error)
                 refused.append(Output(key=key, token_ids=[], finish=finish))

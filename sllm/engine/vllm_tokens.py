@@ -42,11 +42,11 @@ def _check_fields(what: str, fields: dict[str, Any], known: set[str]) -> None:
         )
 
 
-def engine_request(key: int, request: TokenRequest, params: Any) -> Any:
-    """Return vLLM's struct for a request; its id is our key."""
+def engine_request(key: int, request: TokenRequest, prompt: list[int], params: Any) -> Any:
+    """Return vLLM's struct for a request with `prompt`; its id is our key."""
     return EngineCoreRequest(
         request_id=str(key),
-        prompt_token_ids=request.token_ids,
+        prompt_token_ids=prompt,
         mm_features=None,
         sampling_params=params,
         pooling_params=None,

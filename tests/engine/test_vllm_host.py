@@ -205,7 +205,7 @@ async def test_what_it_refuses_harms_nobody(vllm: SimpleNamespace, fork: Make, c
         TokenRequest(
             stream_id=7,
             request_id="req-7",  # type: ignore[arg-type]
-            token_ids=[5, 6],
+            token_ids=[5],
             num_output_tokens=1,
             sampling_params=b"{}",
         )

@@ -92,10 +92,10 @@ def test_a_request_keeps_everything(vllm: SimpleNamespace, request_of: Callable[
     from dataclasses import replace
 
     request = replace(request_of(1, [5, 6]), cache_salt="salt", priority=3, arrival_time=1.5, reasoning_ended=False)
-    theirs = vllm.tokens.engine_request(77, request, vllm.sampling.SamplingParams())
-    assert (theirs.request_id, theirs.prompt_token_ids, theirs.cache_salt) == ("77", [5, 6], "salt")
+    theirs = vllm.tokens.engine_request(77, request, [5], vllm.sampling.SamplingParams())
+    assert (theirs.request_id, theirs.prompt_token_ids, theirs.cache_salt) == ("77", [5], "salt")
     assert (theirs.priority, theirs.arrival_time, theirs.reasoning_ended) == (3, 1.5, False)
-    assert vllm.tokens.engine_request(77, request_of(1, [5]), None).cache_salt is None
+    assert vllm.tokens.engine_request(77, request_of(1, [5]), [5], None).cache_salt is None
 
 
 def test_an_output_keeps_everything(vllm: SimpleNamespace) -> None:
