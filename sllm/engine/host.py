@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from sllm.core.ids import RequestId
 from sllm.core.launch import Launch
 from sllm.core.migration import MigrationOrder, MigrationReport, Round
 from sllm.core.replica import ReplicaState, StartPhase
@@ -33,7 +34,7 @@ from sllm.core.tokens import (
 )
 from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.connection import Connection
-from sllm.engine.migrating import Migrations
+from sllm.engine.migrating import Migrations, Place
 from sllm.engine.recomputes import Recomputes
 from sllm.engine.requests import Requests
 from sllm.engine.sizes import oversized
@@ -42,7 +43,8 @@ from sllm.engine.thread import EngineThread
 from sllm.engine.watchdog import Watchdog
 from sllm.errors import EngineFailed, InvalidArgument, NotFound, SllmError, StaleGeneration, Unavailable
 from sllm.rpc.control import Empty
-from sllm.rpc.engine import AttachRequest, HostStatus, RecomputeRequest, StopRequest
+from sllm.rpc.engine import AttachRequest, EngineClient, HostStatus, RecomputeRequest, StopRequest
+from sllm.rpc.transport import Tls
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +52,8 @@ log = logging.getLogger(__name__)
 class Host:
     """Make it in a running event loop. `finished` is set when the process should end.
 
-    `memory_bytes` measures what this replica holds; the load is told at most once in `load_every_s`; every `beat_s`
-    gateways get a sign of life, and the engine is looked after.
+    `memory_bytes` measures what this replica holds; `tls` is for calls to other hosts. The load is told at most once in
+    `load_every_s`; every `beat_s` gateways get a sign of life, and the engine is looked after.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Host:
         build: Callable[[Hooks], EngineCore],
         *,
         memory_bytes: Callable[[], int],
+        tls: Tls | None = None,
         load_every_s: float = 1.0,
         beat_s: float = 1.0,
     ) -> None:
@@ -69,9 +72,15 @@ class Host:
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(build, self)
         new_key = functools.partial(next, itertools.count(1))
-        self._requests = Requests(new_key)
+        self._requests = Requests(new_key, self._request_ended)
         self._recomputes = Recomputes(self._thread, new_key)
-        self._migrations = Migrations(self._requests, self._thread)
+        place = Place(
+            requests=self._requests,
+            thread=self._thread,
+            dial=lambda address: EngineClient(address, tls, peer="the engine host"),
+            left=self._load_changed,
+        )
+        self._migrations = Migrations(place)
         self._watchdog = Watchdog(launch.stall_s, beat_s)
         self._beat_s = beat_s
         complete = launch.grant.ready_chunks >= launch.grant.chunks
@@ -152,6 +161,7 @@ class Host:
         if self.finished.is_set():
             return
         stopping = Unavailable(f"{self._launch.spec.id} is stopping")
+        self._migrations.stop()
         self._thread.abort(self._requests.fail_all(stopping, time.monotonic(), self._thread.steps))
         self._recomputes.fail_all(stopping)
         self._requests.close_all()
@@ -250,8 +260,10 @@ class Host:
             raise Unavailable(f"{spec.id} is {self.status.state}: nothing runs there")
         async with aclosing(self._migrations.run(request)) as reports:
             async for report in reports:
-                self._load_changed()
                 yield report
+
+    def _request_ended(self, request: RequestId) -> None:
+        self._migrations.ended(request)
 
     async def recompute(self, request: RecomputeRequest) -> Round:
         """Do one round of a migration to this replica. Raises StaleGeneration, Unavailable, EngineFailed, QueueFull."""

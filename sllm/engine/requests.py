@@ -54,7 +54,7 @@ class Sequence:
 
 class Requests:
     """The table of open sequences. `new_key` gives a key that was never used before; `ended` is called when the last
-    sequence of a request is gone, unless it was handed over."""
+    sequence of a request is gone."""
 
     def __init__(self, new_key: Callable[[], int], ended: Callable[[RequestId], None] = lambda _: None) -> None:
         self._new_key = new_key
@@ -96,20 +96,18 @@ class Requests:
     def drop(self, connection: Connection, stream_ids: list[int]) -> list[int]:
         """Forget some requests of a connection; return the keys of those that were open."""
         keys = [connection.keys[stream_id] for stream_id in stream_ids if stream_id in connection.keys]
-        for key in keys:
-            request = self._forget(key)
-            if request not in self._by_request:
-                self._ended(request)
+        self._forget(keys)
         return keys
 
-    def _forget(self, key: int) -> RequestId:
-        sequence = self._open.pop(key)
-        del sequence.connection.keys[sequence.stream_id]
-        others = self._by_request[sequence.request]
-        del others[key]
-        if not others:
-            del self._by_request[sequence.request]
-        return sequence.request
+    def _forget(self, keys: list[int]) -> None:
+        for key in keys:
+            sequence = self._open.pop(key)
+            del sequence.connection.keys[sequence.stream_id]
+            others = self._by_request[sequence.request]
+            del others[key]
+            if not others:
+                del self._by_request[sequence.request]
+                self._ended(sequence.request)
 
     # --- migration -------------------------------------------------------------------------
 
@@ -128,15 +126,15 @@ class Requests:
         Return the keys of its sequences, for the engine to abort: what a step under way still makes of them is
         dropped.
         """
-        leaving = dict(self._by_request.get(request, {}))
+        keys = list(self._by_request.get(request, {}))
         shares: dict[Connection, list[Moved]] = {}
-        for key, sequence in leaving.items():
+        for sequence in self.sequences(request):
             moved = Moved(stream_id=sequence.stream_id, position=sequence.position, target=target)
             shares.setdefault(sequence.connection, []).append(moved)
-            self._forget(key)
+        self._forget(keys)
         for connection, moves in shares.items():
             connection.send(StepOutputs(moves=moves, timestamp=timestamp, steps=steps))
-        return list(leaving)
+        return keys
 
     # --- steps -----------------------------------------------------------------------------
 

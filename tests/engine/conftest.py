@@ -26,9 +26,10 @@ import pytest
 
 from sllm.agent.records import Records
 from sllm.core.grant import POOL_BLOCK_BYTES, Extent, Grant
-from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId, RequestId
+from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, ReplicaId, RequestId
 from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState
+from sllm.core.route import RouteTarget
 from sllm.core.tokens import PROTOCOL_VERSION, OpenStream, TokenOutput, TokenRequest
 from sllm.engine.fake import FakeSettings, build_fake
 from sllm.engine.host import Host
@@ -245,6 +246,19 @@ class Served:
     launch: Launch
     clock: StepClock
     streams: list[TokenStream] = field(default_factory=list)
+
+    @property
+    def target(self) -> RouteTarget:
+        """What a gateway knows of it; its node is called as its replica is."""
+        spec = self.launch.spec
+        return RouteTarget(
+            replica=spec.id,
+            node=NodeName(spec.id.removeprefix("rep-")),
+            address=self.client.address,
+            generation=spec.generation,
+            revision=spec.revision,
+            capacity=spec.capacity,
+        )
 
     def opening(self, **changes: Any) -> OpenStream:
         first = OpenStream(protocol_version=PROTOCOL_VERSION, gateway="gateway", generation=GENERATION)
