@@ -1,0 +1,302 @@
+"""The whole protocol in a small simulated network: whatever is lost, doubled, delayed or dies, the reader sees every
+token once, in order (paper §5.3).
+
+The machines and the journal are the real ones. Engines are a counter: token p of the request is always TOKENS[p].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from sllm.core.ids import RequestId
+from sllm.core.migration import OVER, RecomputeCost, Round
+from sllm.core.tokens import TokenOutput
+from sllm.errors import EngineFailed, Unavailable
+from sllm.gateway.journal import Journal
+from sllm.migration import destination, source
+from sllm.migration.destination import Answer, Asked, Closing, Compute, Computed, Destination, Drop
+from sllm.migration.policy import Progress
+from sllm.migration.source import (
+    Begin,
+    CalledOff,
+    HandOver,
+    Phase,
+    Recompute,
+    RequestEnded,
+    RoundEnded,
+    RoundFailed,
+    Source,
+    StopRecompute,
+    TimeOver,
+)
+
+REQUEST = RequestId("req-1")
+PROMPT = list(range(40))
+TOKENS = [1000 + 7 * p for p in range(60)]
+HOSTS = 3
+COST = RecomputeCost(per_token_s=0.5, fixed_s=0.1, observations=5)  # dear: rounds pay
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a host tells the reader of one stream: a token, or (`target`) that it goes on elsewhere."""
+
+    stream: int
+    position: int
+    target: int | None = None
+
+
+@dataclass
+class Host:
+    """`running` has the next position of each stream; `keys` the rounds being computed for others, by caller."""
+
+    running: dict[int, int] = field(default_factory=dict)
+    destination: Destination = field(default_factory=Destination)
+    keys: dict[int, int] = field(default_factory=dict)
+    incarnation: int = 0
+
+
+@dataclass
+class Migration:
+    """At its source: a machine, the stream it moves, and the round's key at the destination."""
+
+    machine: Source
+    host: int
+    incarnation: int
+    stream: int
+    target: int
+    key: int | None = None
+    asked_tokens: int = 0
+
+
+class Network(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.hosts = [Host() for _ in range(HOSTS)]
+        self.channel: list[tuple[int, int, Frame]] = []  # host, its incarnation, what it sent
+        self.journal = Journal(prompt=PROMPT)
+        self.stream = 0  # the reader's current stream: an older one's frames mean nothing
+        self.at = 0
+        self.done = False
+        self.migrations: list[Migration] = []
+        self.keys = 0
+        self.dropped: set[int] = set()
+        self.begun: set[int] = set()
+        self.ended: set[int] = set()
+        self.resume(0)
+
+    # --- the reader (gateway) ---
+
+    def resume(self, host: int) -> None:
+        """Send prompt, parameters and output so far to a host, under a new stream id."""
+        self.stream += 1
+        self.at = host
+        self.hosts[host].running[self.stream] = len(self.journal.tokens)
+        self.arrive(host)
+
+    def recover(self) -> None:
+        self.resume((self.at + 1) % HOSTS)
+
+    def read(self, frame: Frame) -> None:
+        if frame.stream != self.stream or self.done:
+            return
+        if frame.target is not None:
+            if frame.position == len(self.journal.tokens):
+                self.resume(frame.target)
+            else:
+                self.recover()
+            return
+        output = TokenOutput(stream_id=frame.stream, position=frame.position, token_ids=[TOKENS[frame.position]])
+        try:
+            self.journal.accept(output)
+        except EngineFailed:
+            self.recover()
+        self.done = len(self.journal.tokens) == len(TOKENS)
+
+    # --- hosts ---
+
+    @rule(host=st.integers(0, HOSTS - 1))
+    def decode(self, host: int) -> None:
+        self.now += 0.01
+        for stream, position in list(self.hosts[host].running.items()):
+            if position < len(TOKENS):
+                self.send(host, Frame(stream, position))
+                self.hosts[host].running[stream] = position + 1
+            else:
+                del self.hosts[host].running[stream]
+                self.tell(host, stream, RequestEnded())
+
+    def send(self, host: int, frame: Frame) -> None:
+        self.channel.append((host, self.hosts[host].incarnation, frame))
+
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        """Any frame under way may come next: later ones too."""
+        if self.channel:
+            index = data.draw(st.integers(0, len(self.channel) - 1))
+            self.read(self.channel.pop(index)[2])
+
+    @rule()
+    def deliver_in_order(self) -> None:
+        if self.channel:
+            self.read(self.channel.pop(0)[2])
+
+    @rule(data=st.data(), twice=st.booleans())
+    def lose_or_double(self, data: st.DataObject, twice: bool) -> None:
+        if self.channel:
+            index = data.draw(st.integers(0, len(self.channel) - 1))
+            if twice:
+                self.channel.append(self.channel[index])
+            else:
+                self.channel.pop(index)
+
+    @rule(host=st.integers(0, HOSTS - 1), sent_arrives=st.booleans())
+    def die(self, host: int, sent_arrives: bool) -> None:
+        """It is restarted at once, and knows nothing. What it had sent may still come, or not."""
+        before, self.hosts[host] = self.hosts[host], Host(incarnation=self.hosts[host].incarnation + 1)
+        self.ended |= {key for _, key in before.destination.rounds}
+        if not sent_arrives:
+            self.channel = [entry for entry in self.channel if (entry[0], entry[1]) != (host, before.incarnation)]
+        for migration in self.migrations:
+            if migration.host == host:  # its outstanding call breaks: the destination notices
+                self.stop_round(migration)
+                migration.machine, _ = source.step(migration.machine, CalledOff(), self.now)
+            elif migration.target == host and migration.machine.phase is Phase.ROUND:
+                self.apply(migration, RoundFailed(error=Unavailable("it died")))
+        if self.at == host and not self.done:
+            self.recover()
+
+    @rule()
+    def notice_silence(self) -> None:
+        """The reader's host makes no sign of life: the reader goes elsewhere, though it may only be slow."""
+        if not self.done:
+            self.recover()
+
+    # --- migrations ---
+
+    @rule(to=st.integers(0, HOSTS - 1))
+    def migrate(self, to: int) -> None:
+        host = self.at
+        streams = list(self.hosts[host].running)
+        if to == host or not streams:
+            return
+        machine = source.new(cost=COST, block_size=4, deadline=self.now + 1.0)
+        migration = Migration(machine, host, self.hosts[host].incarnation, streams[-1], to)
+        self.migrations.append(migration)
+        self.apply(migration, Begin(progress=self.progress(migration)))
+
+    @rule(at=st.integers(0, HOSTS - 1))
+    def compute(self, at: int) -> None:
+        """The destination's engine is done with its oldest round; its answer arrives."""
+        host = self.hosts[at]
+        if not host.destination.rounds:
+            return
+        _, key = host.destination.rounds[0]
+        self.step_destination(at, Computed(key=key))
+        for migration in self.migrations:
+            if migration.key == key and migration.machine.phase is Phase.ROUND:
+                migration.key = None
+                tokens = migration.asked_tokens
+                answer = Round(tokens=tokens, cached_tokens=0, seconds=0.5 * tokens)
+                self.apply(migration, RoundEnded(round=answer, progress=self.progress(migration)))
+
+    @rule(late=st.booleans())
+    def call_off(self, late: bool) -> None:
+        for migration in self.migrations:
+            self.apply(migration, TimeOver() if late else CalledOff())
+
+    def progress(self, migration: Migration) -> Progress:
+        position = self.hosts[migration.host].running.get(migration.stream, len(TOKENS))
+        return Progress(prompt_tokens=len(PROMPT), output_tokens=position, interval_s=0.01)
+
+    def tell(self, host: int, stream: int, event: source.Event) -> None:
+        for migration in self.migrations:
+            if (migration.host, migration.stream) == (host, stream):
+                self.apply(migration, event)
+
+    def apply(self, migration: Migration, event: source.Event) -> None:
+        alive = self.hosts[migration.host].incarnation == migration.incarnation
+        migration.machine, effects = source.step(migration.machine, event, self.now)
+        for effect in effects:
+            match effect:
+                case Recompute():
+                    self.keys += 1
+                    migration.key, migration.asked_tokens = self.keys, effect.tokens
+                    self.step_destination(migration.target, Asked(request=REQUEST, key=self.keys))
+                case StopRecompute():
+                    self.stop_round(migration)
+                case HandOver() if alive:
+                    self.hand_over(migration)
+
+    def hand_over(self, migration: Migration) -> None:
+        position = self.hosts[migration.host].running.pop(migration.stream, None)
+        if position is not None:
+            self.send(migration.host, Frame(migration.stream, position, target=migration.target))
+
+    def stop_round(self, migration: Migration) -> None:
+        """The call is ended: the destination drops the round, if it is still that one."""
+        key, migration.key = migration.key, None
+        host = self.hosts[migration.target]
+        if key is not None and host.destination.key_of(REQUEST) == key:
+            self.step_destination(migration.target, destination.Arrived(request=REQUEST))
+
+    def arrive(self, host: int) -> None:
+        self.step_destination(host, destination.Arrived(request=REQUEST))
+
+    def step_destination(self, host: int, event: destination.Event) -> None:
+        self.hosts[host].destination, effects = destination.step(self.hosts[host].destination, event)
+        for effect in effects:
+            match effect:
+                case Compute():
+                    self.begun.add(effect.key)
+                case Answer():
+                    self.ended.add(effect.key)
+                case Drop():
+                    self.ended.add(effect.key)
+                    for migration in self.migrations:
+                        if migration.key == effect.key:
+                            migration.key = None
+                            self.apply(migration, RoundFailed(error=Unavailable("dropped")))
+
+    # --- what must hold ---
+
+    @invariant()
+    def the_reader_has_a_gapless_prefix(self) -> None:
+        assert self.journal.tokens == TOKENS[: len(self.journal.tokens)]
+
+    @invariant()
+    def rounds_are_given_back(self) -> None:
+        under_way = {key for host in self.hosts for _, key in host.destination.rounds}
+        assert self.begun - self.ended == under_way
+
+    @invariant()
+    def what_is_over_holds_nothing(self) -> None:
+        under_way = {key for host in self.hosts for _, key in host.destination.rounds}
+        for migration in self.migrations:
+            if migration.machine.phase is Phase.OVER:
+                assert migration.machine.outcome in OVER
+                assert migration.key not in under_way
+
+    def teardown(self) -> None:
+        """When the network is kind again, the answer comes to its end."""
+        for host in range(HOSTS):
+            self.step_destination(host, Closing())
+        for _ in range(3 * len(TOKENS)):
+            if self.done:
+                break
+            self.channel = [entry for entry in self.channel if entry[2].stream == self.stream]
+            if not self.channel and self.stream not in self.hosts[self.at].running:
+                self.recover()  # what was lost is noticed by silence
+            self.decode(self.at)
+            while self.channel:
+                self.deliver_in_order()
+        assert self.journal.tokens == TOKENS
+
+
+Network.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestNetwork = Network.TestCase
