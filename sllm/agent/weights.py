@@ -12,13 +12,15 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from sllm.agent.inventory import InMemory
 from sllm.agent.store.base import StoreRunner
 from sllm.agent.store.client import Died, Granted, StoreClient, Wanted
-from sllm.agent.store.protocol import Damaged, Loaded, Priority
+from sllm.agent.store.protocol import Damaged, Loaded
 from sllm.core.node import LoadReport
+from sllm.core.priority import Priority
 from sllm.core.residency import Tier, TierUsage
 from sllm.core.runtime_layout import CHECKPOINT
 from sllm.errors import DeadlineExceeded, SllmError
@@ -45,6 +47,7 @@ class Weights:
         self._loads: deque[LoadReport] = deque(maxlen=_KEPT_LOADS)
         self._count = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asks: set[_Ask] = set()  # that have no answer yet
         process.start(self)
 
     @asynccontextmanager
@@ -67,6 +70,14 @@ class Weights:
             yield granted
         finally:
             granted.close()
+
+    def raise_to(self, checkpoint: str, priority: Priority) -> None:
+        """Let what is loaded of a checkpoint (its digest), in whatever layout, go by this priority, if that is better.
+        Nothing under way is no error."""
+        for ask in self._asks:
+            ask.raise_to(checkpoint, priority)
+        if self._process.is_there:
+            self._spawn(lambda: self._raise(checkpoint, priority), f"the load of {checkpoint} is not raised")
 
     def prefetch(self, stored: StoredCheckpoint | RuntimeLayout, *, partition: int = 0) -> None:
         """Have it in memory when it may soon be wanted. Returns at once; a failure is only logged."""
@@ -167,11 +178,15 @@ class Weights:
 
     async def _open(self, wanted: Wanted) -> Granted:
         """The deadline is kept here too: there may be no store process to keep it."""
+        ask = _Ask(wanted)
+        self._asks.add(ask)
         try:
             async with asyncio.timeout(wanted.deadline_s or None):
-                return await self._asked(lambda client: client.open(wanted))
+                return await self._asked(lambda client: client.open(ask.wanted))
         except TimeoutError as error:
             raise DeadlineExceeded(f"{wanted.folder} was not loaded within {wanted.deadline_s:g} s") from error
+        finally:
+            self._asks.discard(ask)
 
     async def _asked(self, question: Callable[[StoreClient], Awaitable[T]]) -> T:
         """Ask the store process, and if it dies the next one. Raises Died when that goes on."""
@@ -194,13 +209,30 @@ class Weights:
 
     async def _prefetch(self, wanted: Wanted) -> None:
         granted = await self._open(wanted)
+        if granted.grant.is_ring:  # too little memory to keep it, and nobody to take it out
+            granted.close()
+            return
         os.close(granted.lease_fd)  # it may go again before anybody wants it
         await _fed(granted.feed_fd)
+
+    async def _raise(self, checkpoint: str, priority: Priority) -> None:
+        (await self._process.client()).raise_to(checkpoint, priority)
 
     async def _forget(self, digests: set[str]) -> None:
         client = await self._process.client()
         for digest in digests:
             client.forget(digest)
+
+
+class _Ask:
+    """What is asked of a store process, and of the next one if that dies: at the priority that it has got by then."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+
+    def raise_to(self, checkpoint: str, priority: Priority) -> None:
+        if self.wanted.checkpoint == checkpoint and priority < self.wanted.priority:
+            self.wanted = replace(self.wanted, priority=priority)
 
 
 async def _logged(work: Callable[[], Awaitable[None]], otherwise: str) -> None:

@@ -25,8 +25,9 @@ class NodeState(StrEnum):
 class LoadReport:
     """One load that ended well: what the bandwidth of a tier is estimated from (paper §5.1).
 
-    `size_bytes` came from `tier` in `read_s` seconds, after `queue_s` seconds in the node's loading queue. `number`
-    grows with each load of an agent's incarnation; `digest` is the checkpoint's.
+    `size_bytes` came from `tier` in `read_s` seconds, and waited `queue_s` seconds in the node's loading queue: before
+    it was read, and while others interrupted it. `number` grows with each load of an agent's incarnation; `digest` is
+    the checkpoint's.
     """
 
     number: int

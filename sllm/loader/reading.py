@@ -43,6 +43,9 @@ class ChunkReader:
     `on_ready(n)` is called whenever n grows: the first n chunks are in place and verified. Calls come one at a time
     from any of the threads, in order, and hold up reading: they must be short.
 
+    While `paused()` is true no chunk is begun; those under way end. It is asked before each chunk, and by who waits
+    whenever `look_again` is called.
+
     In a ring (`slots`) chunk n is read only when chunk n - slots is no longer needed, as `taken` says; `place` then
     gives out slot n % slots.
 
@@ -63,6 +66,7 @@ class ChunkReader:
         threads: int = THREADS,
         on_ready: Callable[[int], None] = lambda ready: None,
         cancelled: Callable[[], bool] = lambda: False,
+        paused: Callable[[], bool] = lambda: False,
         deadline: float | None = None,
     ) -> None:
         self.chunks = -(-source.size_bytes // chunk_bytes)
@@ -75,6 +79,7 @@ class ChunkReader:
         self._slots = self.chunks if slots is None else slots
         self._on_ready = on_ready
         self._cancelled = cancelled
+        self._paused = paused
         self._deadline = deadline
         self._next = itertools.count()  # its `next` is atomic
         self._changed = threading.Condition()  # reentrant: `on_ready` may call `taken`
@@ -127,6 +132,11 @@ class ChunkReader:
             self._taken = max(self._taken, chunks)
             self._changed.notify_all()
 
+    def look_again(self) -> None:
+        """Let the threads see, from any thread, that `paused` has changed."""
+        with self._changed:
+            self._changed.notify_all()
+
     def cancel(self) -> None:
         """Stop reading, from any thread: `wait` raises Cancelled, unless all was read before."""
         with self._changed:
@@ -158,7 +168,7 @@ class ChunkReader:
         try:
             while (chunk := next(self._next)) < self.chunks and self._error is None:
                 self._check_wanted()
-                if chunk < self._slots or self._gets_slot(chunk):
+                if self._may_begin(chunk) or self._gets_turn(chunk):
                     self._read(chunk)
                     self._mark(chunk)
         except BaseException as error:
@@ -186,10 +196,13 @@ class ChunkReader:
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self._source.name} was not read in time: {self._ready} of {self.chunks} chunks")
 
-    def _gets_slot(self, chunk: int) -> bool:
-        """Wait until the chunk's slot is free; False if another thread failed meanwhile."""
+    def _may_begin(self, chunk: int) -> bool:
+        return chunk < self._taken + self._slots and not self._paused()
+
+    def _gets_turn(self, chunk: int) -> bool:
+        """Wait until the chunk's slot is free and nothing is paused; False if another thread failed meanwhile."""
         with self._changed:
-            while self._error is None and chunk >= self._taken + self._slots:
+            while self._error is None and not self._may_begin(chunk):
                 left = None if self._deadline is None else self._deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise self._too_late()

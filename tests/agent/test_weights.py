@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from sllm.agent.store.client import Died, Granted, Wanted
+from sllm.agent.store.fake import FakeStore
 from sllm.agent.store.protocol import Damaged
+from sllm.agent.weights import Weights
+from sllm.core.priority import Priority
 from sllm.core.residency import ResidencyState, Tier
 from sllm.core.runtime_layout import CHECKPOINT
 from sllm.errors import ChunkCorrupt, InvalidCheckpoint, NotFound, PartitionTruncated
@@ -204,6 +208,55 @@ async def test_a_prefetch_stays_in_memory_though_nobody_asked_yet(make_node: Mak
     await node.until(lambda: residency(node, Tier.DRAM) == [ResidencyState.READY])
     await loaded(node, digest)
     assert node.reading.opened == ["demo"]
+
+
+async def test_a_prefetch_that_memory_cannot_hold_is_given_up(
+    make_node: MakeNode, make_model: Callable[..., Path]
+) -> None:
+    node = make_node(dram_bytes=8 << 20)
+    digest = await node.add(make_model("large", 40 << 20))
+    node.local.weights.prefetch(node.local.store.with_digest(digest))
+    await node.until(lambda: residency(node, Tier.DRAM) == [ResidencyState.LOADING])
+    await node.until(lambda: residency(node, Tier.DRAM) == [])
+
+
+class DyingStore(FakeStore):
+    """Dies when it is asked, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Wanted] = []
+        self.dies = asyncio.Event()
+
+    async def client(self) -> Any:
+        return self
+
+    async def open(self, wanted: Wanted) -> Granted:
+        self.asked.append(wanted)
+        await self.dies.wait()
+        raise Died("it died")
+
+    def raise_to(self, checkpoint: str, priority: Priority) -> None:
+        pass
+
+
+async def test_a_store_process_that_is_asked_anew_hears_the_priority_of_by_then(
+    make_node: MakeNode, model: Path
+) -> None:
+    node, dying = make_node(), DyingStore()
+    digest = await node.add(model)
+    weights = Weights(dying, node.local.store, lambda: None)
+    load = weights.granted(node.local.store.with_digest(digest), priority=Priority.PREWARM)
+    asking = asyncio.create_task(load.__aenter__())
+    await asyncio.sleep(0)
+    weights.raise_to("sha256:another", Priority.REQUEST)
+    weights.raise_to(digest, Priority.PREFETCH)
+    dying.dies.set()
+    weights.raise_to(digest, Priority.REQUEST)
+    with pytest.raises(Died):
+        await asking
+    assert [wanted.priority for wanted in dying.asked] == [Priority.PREWARM, Priority.REQUEST, Priority.REQUEST]
+    await weights.close(stop=True)
 
 
 async def test_a_checkpoint_that_is_removed_leaves_the_memory_too(make_node: MakeNode, model: Path) -> None:

@@ -231,3 +231,97 @@ def test_a_load_that_is_done_cannot_be_cancelled_any_more() -> None:
     assert ring.reader.wait_for(CHUNKS)
     ring.reader.cancel()
     ring.reader.wait()
+
+
+# --- pauses ---------------------------------------------------------------------------------
+
+
+class Pausing:
+    """A reader that is paused as soon as it has begun to read chunk `at`."""
+
+    def __init__(self, at: int, **options: object) -> None:
+        self.is_paused = False
+        self.at = at
+        self.source = FakeSource(DATA, gate=self._pause)
+        self.memory = memoryview(bytearray(CHUNKS * CHUNK))
+        self.begun: list[int] = []
+        self.reader = ChunkReader(
+            self.source,
+            chunk_bytes=CHUNK,
+            hashes=hashes(DATA),
+            place=lambda chunk: self.memory[chunk * CHUNK :],
+            threads=1,
+            paused=lambda: self.is_paused,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _pause(self, offset: int) -> None:
+        self.begun.append(offset // CHUNK)
+        if offset == self.at * CHUNK:
+            self.is_paused = True
+
+    def go_on(self) -> None:
+        self.is_paused = False
+        self.reader.look_again()
+
+
+def test_a_paused_reader_ends_the_chunk_under_way_and_goes_on_with_the_next() -> None:
+    pausing = Pausing(2)
+    pausing.reader.start()
+    assert pausing.reader.wait_for(3)
+    assert pausing.begun == [0, 1, 2]
+    pausing.go_on()
+    pausing.reader.wait()
+    assert pausing.begun == list(range(CHUNKS))
+    assert bytes(pausing.memory[: len(DATA)]) == DATA
+
+
+def test_a_reader_may_be_paused_before_it_begins_and_told_again_that_it_still_is() -> None:
+    pausing = Pausing(CHUNKS)
+    pausing.is_paused = True
+    pausing.reader.start()
+    pausing.reader.look_again()
+    assert pausing.begun == []
+    pausing.go_on()
+    pausing.reader.wait()
+    assert bytes(pausing.memory[: len(DATA)]) == DATA
+
+
+def test_a_paused_reader_can_be_cancelled() -> None:
+    pausing = Pausing(1)
+    pausing.reader.start()
+    assert pausing.reader.wait_for(2)
+    pausing.reader.cancel()
+    with pytest.raises(Cancelled):
+        pausing.reader.wait()
+    assert pausing.begun == [0, 1]
+
+
+def test_a_paused_reader_ends_at_its_deadline() -> None:
+    pausing = Pausing(0, deadline=time.monotonic() + 0.2)
+    with pytest.raises(DeadlineExceeded, match=f"1 of {CHUNKS}"):
+        pausing.reader.read()
+    assert pausing.begun == [0]
+
+
+def test_an_error_of_the_chunk_under_way_ends_all_paused_threads() -> None:
+    def gate(offset: int) -> None:
+        begun.set()
+        assert paused.wait(30)
+
+    begun, paused = threading.Event(), threading.Event()
+    source = FakeSource(DATA, errors={0: OSError(errno.EIO, "broken")}, gate=gate)
+    memory = memoryview(bytearray(CHUNKS * CHUNK))
+    reader = ChunkReader(
+        source,
+        chunk_bytes=CHUNK,
+        hashes=hashes(DATA),
+        place=lambda chunk: memory[chunk * CHUNK :],
+        threads=3,
+        paused=begun.is_set,
+    )
+    reader.start()
+    assert begun.wait(30)
+    paused.set()
+    with pytest.raises(CheckpointUnreadable):
+        reader.wait()

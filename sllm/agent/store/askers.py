@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from sllm.agent.store.channel import Channel
 from sllm.agent.store.protocol import Message, Open, Refused
@@ -71,6 +72,13 @@ class Askers:
         self._waiting.add(asker)
         asker.expire(self._on_left)
         return asker
+
+    def raise_all(self, checkpoint: str, priority: int) -> None:
+        """Let all who wait for a checkpoint go by a better priority, if it is one, also in loads yet to begin."""
+        for asker in self._waiting:
+            if asker.request.checkpoint == checkpoint:
+                better = min(asker.request.priority, priority)
+                asker.request = replace(asker.request, priority=better)
 
     def leave(self, channel: Channel, number: int | None = None) -> None:
         """One of a channel no longer wants an answer; without a `number` none of them does."""

@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar
 
 from sllm.agent.store import protocol
 from sllm.agent.store.channel import Channel, close_all
-from sllm.agent.store.protocol import Malformed, Message, Priority
+from sllm.agent.store.protocol import Malformed, Message
 from sllm.core.grant import Grant
+from sllm.core.priority import Priority
 from sllm.errors import SllmError, Unavailable, error_from
 from sllm.loader.memory.table import Entry
 
@@ -134,6 +135,10 @@ class StoreClient:
             raise
         finally:
             self._verifications.pop(number, None)
+
+    def raise_to(self, checkpoint: str, priority: Priority) -> None:
+        """Let what is loaded of a checkpoint go by a better priority, if it is one."""
+        self._channel.send(protocol.Raise(checkpoint=checkpoint, priority=priority))
 
     def forget(self, digest: str) -> None:
         self._channel.send(protocol.Forget(digest=digest))

@@ -26,6 +26,11 @@ class Content:
         self.tell = tell
         self._told_kept_bytes = table.kept_back_bytes
 
+    def has_room(self, request: Open, manifest: Manifest, awaited: Container[int]) -> bool:
+        """Return whether `take` would find room for all of a partition."""
+        size_bytes = manifest.partitions[request.partition].size_bytes
+        return self.table.victims(size_bytes, time.monotonic(), self.pool.leased, awaited) is not None
+
     def take(self, request: Open, manifest: Manifest, awaited: Container[int]) -> Entry:
         """Take memory for a partition, or for a ring where there is too little; what must go for it goes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,11 +22,16 @@ OpenSource = Callable[[Path, int], PartitionBytes]  # (path, size in bytes): may
 
 
 class Load:
-    """Belongs to the event loop; only `read` is for a thread."""
+    """Belongs to the event loop; only `read` is for a thread.
+
+    `turn` is set while it is its turn to read; without it, it rests at its next chunk, and keeps what it has.
+    """
 
     def __init__(self, asker: Asker) -> None:
         self.request = asker.request
         self.since = asker.since
+        self.turn = asyncio.Event()
+        self.under_way = False  # it has had a turn
         self.askers = [asker]
         self.feeds: list[Feed] = []
         self.entry: Entry | None = None
@@ -34,8 +40,9 @@ class Load:
         self.called_off = False
         self.forgotten = False  # who has been granted it keeps it, nobody else is to get it
         self.late: list[Asker] = []  # came while it was being called off: they begin anew
-        self.turn_over = asyncio.Event()  # the next load may begin
         self._reader: ChunkReader | None = None
+        self._turn_began = 0.0
+        self._turns_s = 0.0  # of its turns that are over
         self._loop = asyncio.get_running_loop()
         self._telling = False
 
@@ -52,6 +59,23 @@ class Load:
         """True if nothing can be read before the reader of a ring takes some."""
         return self.entry is not None and self.ready_chunks - self.taken_chunks >= self.entry.slots
 
+    @property
+    def read_s(self) -> float:
+        """Seconds of its turns until now: what it rested between them does not count."""
+        return self._turns_s + (time.monotonic() - self._turn_began if self.turn.is_set() else 0.0)
+
+    def go_on(self) -> None:
+        """It is its turn."""
+        self._turn_began = time.monotonic()
+        self.turn.set()
+        self._look_again()
+
+    def rest(self) -> None:
+        """Its turn is interrupted."""
+        self._turns_s = self.read_s
+        self.turn.clear()
+        self._look_again()
+
     def taken(self, chunks: int) -> None:
         """The reader of a ring has copied so many out."""
         if self._reader is not None and self.entry is not None and self.entry.is_ring:
@@ -59,8 +83,9 @@ class Load:
             self._reader.taken(self.taken_chunks)
 
     def call_off(self) -> None:
-        """Stop at the next chunk."""
+        """Stop at the next chunk, or where it waits for its turn."""
         self.called_off = True
+        self.turn.set()
         if self._reader is not None:
             self._reader.cancel()
 
@@ -79,6 +104,7 @@ class Load:
                 threads=threads,
                 on_ready=self._on_ready,
                 cancelled=lambda: self.called_off,
+                paused=lambda: not self.turn.is_set(),
             )
             self._reader.read()
 
@@ -91,6 +117,10 @@ class Load:
             asker.refuse(error)
         for feed in self.feeds:
             feed.fail(error)
+
+    def _look_again(self) -> None:
+        if self._reader is not None:  # one that is made later sees it when it begins
+            self._reader.look_again()
 
     def _on_ready(self, chunks: int) -> None:
         """In a reading thread. Several chunks may be told of at once: nothing of this is to hold up reading."""

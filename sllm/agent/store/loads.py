@@ -24,6 +24,7 @@ from sllm.agent.store.protocol import Open
 from sllm.agent.store.queue import LoadingQueue
 from sllm.agent.store.quiet import Quiet
 from sllm.core.grant import POOL_BLOCK_BYTES
+from sllm.core.priority import Priority
 from sllm.errors import Cancelled, InvalidCheckpoint, PartitionMissing, SllmError, Unavailable
 from sllm.failpoints import failpoint
 from sllm.loader.folder import read_manifest
@@ -61,17 +62,21 @@ class Loads:
         self._rings: list[Load] = []
         self._reads: set[asyncio.Task[None]] = set()
         self._queue: LoadingQueue[Load] = LoadingQueue()
-        self._queued = asyncio.Event()
-        # One for each load that can have memory, and for the one that is about to get some: none waits for another.
-        self._executor = ThreadPoolExecutor(content.pool.size_bytes // POOL_BLOCK_BYTES + 1, thread_name_prefix="load")
+        self._reading: Load | None = None  # whose turn it is
+        # One for each load that can have memory, and for those about to get some, each of which has interrupted a less
+        # urgent one: none waits for another.
+        most = content.pool.size_bytes // POOL_BLOCK_BYTES + len(Priority)
+        self._executor = ThreadPoolExecutor(most, thread_name_prefix="load")
 
     def grant(self, asker: Asker, entry: Entry) -> None:
         """Grant what is in memory, or is being read."""
         load = self._loads.get(entry.key)
         if load is not None and load.called_off:
             load.late.append(asker)
-        else:
-            self._grant(asker, entry, load)
+            return
+        self._grant(asker, entry, load)
+        if load is not None:
+            self._raise(load, asker.request.priority)
 
     def begin(self, asker: Asker) -> None:
         """Join the load that has no memory yet, or begin one."""
@@ -80,10 +85,16 @@ class Loads:
         if load is None:
             self._loads[key] = load = Load(asker)
             self._queue.put(load, asker.request.priority)
-            self._queued.set()
+            self._take_turns()
         else:
             load.askers.append(asker)
-            self._queue.raise_to(load, asker.request.priority)
+            self._raise(load, asker.request.priority)
+
+    def raise_all(self, checkpoint: str, priority: int) -> None:
+        """Let every load of a checkpoint go by a better priority, if it is one."""
+        for load in (*self._loads.values(), *self._rings):
+            if load.request.checkpoint == checkpoint:
+                self._raise(load, priority)
 
     def forget(self, entry: Entry) -> None:
         """Let an entry that is being read go as soon as it is there."""
@@ -100,27 +111,49 @@ class Loads:
     def close(self) -> None:
         """Call everything off. Leases stay with who has them."""
         for load in (*self._loads.values(), *self._rings):
+            self._queue.remove(load)
             load.call_off()
             for feed in load.feeds:
                 feed.close()
-
-    async def run(self) -> None:
-        """For ever: read what is wanted."""
-        while True:
-            load = self._queue.pop()
-            if load is None:
-                self._quiet.set(True)
-                self._queued.clear()
-                await self._queued.wait()
-            else:
-                self._quiet.set(False)
-                await self._turn(load)
 
     def _call_off(self, load: Load) -> None:
         load.call_off()
         if load.entry is None:
             del self._loads[load.key]  # who comes now begins another
-            self._queue.remove(load)
+            self._leave_queue(load)
+
+    # --- turns ------------------------------------------------------------------------------
+
+    def _raise(self, load: Load, priority: int) -> None:
+        self._queue.raise_to(load, priority)
+        self._take_turns()
+
+    def _leave_queue(self, load: Load) -> None:
+        """The next one may read. This one may go on beside it."""
+        self._queue.remove(load)
+        if self._reading is load:
+            self._reading = None
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Let whoever is first read, and whoever has read until now rest."""
+        first = self._queue.first()
+        self._quiet.set(first is None)
+        if first is self._reading:
+            return
+        if self._reading is not None:
+            self._reading.rest()
+        self._reading = first
+        if first is not None:
+            first.go_on()
+            self._begin_reading(first)
+
+    def _begin_reading(self, load: Load) -> None:
+        if not load.under_way:
+            load.under_way = True
+            work = asyncio.create_task(self._perform(load))
+            self._reads.add(work)
+            work.add_done_callback(self._reads.discard)
 
     # --- grants -----------------------------------------------------------------------------
 
@@ -152,20 +185,13 @@ class Loads:
 
     # --- reading ----------------------------------------------------------------------------
 
-    async def _turn(self, load: Load) -> None:
-        """Return when the next load may begin: after this one, unless it is held up by the reader of a ring."""
-        work = asyncio.create_task(self._perform(load))
-        self._reads.add(work)
-        work.add_done_callback(self._reads.discard)
-        await load.turn_over.wait()
-
     async def _perform(self, load: Load) -> None:
-        began = time.monotonic()
         try:
             manifest = await self._in_thread(_manifest_of, load.request)
+            await self._room_for(load, manifest)
             entry = self._place(load, manifest)
             await self._read(load, entry, manifest.partitions[load.request.partition])
-            self._end(load, entry, began)
+            self._end(load, entry)
         except SllmError as error:
             self._fail(load, error)
         except Exception as error:
@@ -173,9 +199,21 @@ class Loads:
             self._fail(load, SllmError(f"the store process failed: {type(error).__name__}: {error}"))
         finally:
             self._remove(load)
-            load.turn_over.set()
+            self._leave_queue(load)
             for asker in load.late:
                 self._ask(asker)
+
+    async def _room_for(self, load: Load, manifest: Manifest) -> None:
+        """Return when it is its turn, and there is room for all of it or nothing more will be given back for now.
+
+        Memory of those that it has interrupted comes free only by their end: they go on first, if it is needed.
+        """
+        await load.turn.wait()
+        while not load.called_off and not self._content.has_room(load.request, manifest, self._awaited()):
+            if not self._queue.give_way(load):
+                return
+            self._take_turns()
+            await load.turn.wait()
 
     def _place(self, load: Load, manifest: Manifest) -> Entry:
         """Take memory and answer who waits. Raises Unavailable, Cancelled."""
@@ -208,16 +246,16 @@ class Loads:
     async def _watch(self, ring: Load) -> None:
         """End the turn of a ring whose reader takes nothing for a while, though it is full."""
         full_at = -1  # how many were taken when it was last seen to be full
-        while not (ring.is_full and ring.taken_chunks == full_at):
+        while not (ring.is_full and ring.taken_chunks == full_at and ring is self._reading):
             full_at = ring.taken_chunks if ring.is_full else -1
             await asyncio.sleep(_PATIENCE_S)
         log.warning("%s waits for its reader: the next load begins", ring.request.folder)
-        ring.turn_over.set()
+        self._leave_queue(ring)
 
-    def _end(self, load: Load, entry: Entry, began: float) -> None:
+    def _end(self, load: Load, entry: Entry) -> None:
         """All of it was read."""
         failpoint("after-read")
-        read_s = time.monotonic() - began
+        read_s = load.read_s
         if entry.is_ring or load.forgotten:
             self._content.drop(entry)
         else:
@@ -225,7 +263,7 @@ class Loads:
         loaded = protocol.Loaded(
             checkpoint=load.request.checkpoint,
             size_bytes=entry.size_bytes,
-            queue_s=began - load.since,
+            queue_s=time.monotonic() - load.since - read_s,
             read_s=read_s,
         )
         self._content.tell(loaded)

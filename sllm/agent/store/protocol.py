@@ -13,7 +13,7 @@ the message says so. A packet that is not of this form is a `Malformed`, never m
       <-------------------- Verifying..., Verified or Refused
       Ping --------------------------------------->    every few seconds: one that is silent has hung
       <---------------------------------------- Pong
-      Forget, Quit ------------------------------->
+      Raise, Forget, Quit ------------------------>
       <----------- Holds, Gone, Kept, Loaded, Damaged, at any time
 """
 
@@ -22,28 +22,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from enum import IntEnum
 from typing import Any, get_type_hints
 
 from sllm.core.grant import Extent, Grant
 from sllm.loader.memory.table import Entry
 from sllm.version import VERSION
 
-_PROTOCOL = 2
+_PROTOCOL = 3
 RELEASE = f"{VERSION}/{_PROTOCOL}"  # a store process of another one is replaced, its content taken over
 MAX_PACKET_BYTES = 64 << 10  # what is larger goes in a memfd, see `channel`
 
 
 class Malformed(Exception):
     """The other end does not speak this protocol."""
-
-
-class Priority(IntEnum):
-    """Who is served first; among equals, who came first."""
-
-    REQUEST = 0  # a request waits for it
-    PREWARM = 1  # a replica that is wanted, though nobody waits yet
-    PREFETCH = 2  # it may be wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +45,8 @@ class Hello:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
     """Ask for a grant. `id` is the asker's; `folder` has the checkpoint's files; `checkpoint` is the digest that the
-    content stands for. `deadline_s` seconds from now the load is called off for this asker; 0: never."""
+    content stands for; `priority` is one of sllm.core.priority. `deadline_s` seconds from now the load is called off
+    for this asker; 0: never."""
 
     id: int
     digest: str
@@ -68,6 +60,14 @@ class Open:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
     id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raise:
+    """Whatever is loaded of a checkpoint, whoever asked for it, goes on at this priority if it had a worse one."""
+
+    checkpoint: str
+    priority: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +192,7 @@ Message = (
     Hello
     | Open
     | Abandon
+    | Raise
     | Forget
     | Verify
     | Quit

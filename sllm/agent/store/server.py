@@ -18,7 +18,7 @@ from sllm.agent.store.content import Content
 from sllm.agent.store.inherited import Inherited, IsIntact
 from sllm.agent.store.load import OpenSource
 from sllm.agent.store.loads import Loads
-from sllm.agent.store.protocol import Abandon, Forget, Hello, Message, Open, Ping, Pong, Quit, Verify
+from sllm.agent.store.protocol import Abandon, Forget, Hello, Message, Open, Ping, Pong, Quit, Raise, Verify
 from sllm.agent.store.quiet import Quiet
 from sllm.agent.store.verification import Verifications
 from sllm.loader.memory.shared import SharedPool
@@ -71,10 +71,9 @@ class Server:
         self._connections.accept(sock)
 
     async def run(self) -> None:
-        """For ever: verify what was inherited, read what is wanted."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._inherited.verify_all())
-            tasks.create_task(self._loads.run())
+        """For ever: verify what was inherited. What is wanted is read meanwhile."""
+        await self._inherited.verify_all()
+        await asyncio.Future()
 
     def close(self) -> None:
         """Call everything off. Leases stay with who has them."""
@@ -94,6 +93,9 @@ class Server:
                 self._leave(client, message.id)
             case Forget():
                 self._forget(message.digest)
+            case Raise():
+                self._askers.raise_all(message.checkpoint, message.priority)
+                self._loads.raise_all(message.checkpoint, message.priority)
             case Verify():
                 self._verifications.begin(client, message)
             case Ping():

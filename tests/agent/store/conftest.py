@@ -174,11 +174,13 @@ class Recorder:
 
 
 class Disk:
-    """Opens partitions as FakeSource. `hold` lets no read of a folder begin until `free` says so."""
+    """Opens partitions as FakeSource. `hold` lets no read of a folder go on until `free` says so; `begun` has the
+    folder of each read, in order."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.opens: list[str] = []  # a folder that is read again is here again
+        self.begun: list[str] = []
         self.sources: dict[str, FakeSource] = {}
         self.faults: dict[str, dict[str, Any]] = {}
         self._held: dict[str, threading.Event] = {}
@@ -208,9 +210,10 @@ class Disk:
     def open(self, path: Path, size_bytes: int) -> FakeSource:
         name = path.parent.name
         self.opens.append(name)
-        gate = self._held.get(name)
 
         def wait(offset: int) -> None:
+            self.begun.append(name)
+            gate = self._held.get(name)
             self._loop.call_soon_threadsafe(self._note, name)
             assert gate is None or gate.wait(30)
 

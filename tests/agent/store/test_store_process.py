@@ -21,6 +21,7 @@ from sllm.agent.store import protocol
 from sllm.agent.store.client import Died, StoreClient
 from sllm.agent.store.process import present_bytes
 from sllm.core.grant import POOL_BLOCK_BYTES
+from sllm.core.priority import Priority
 from sllm.errors import SllmError, Unavailable
 from sllm.linux import start_ticks
 from sllm.loader.memory.table import EntryState
@@ -368,6 +369,25 @@ async def test_an_unknown_folder_or_priority_is_an_answer_not_an_end(make_proces
         assert not isinstance(caught.value, Died), changes
     granted = await client.open(made.wanted(priority=10**6, deadline_s=-1.0))
     assert (await Feed(granted).all())[-1] == {"ready": 4}
+
+
+async def test_a_request_is_granted_and_read_while_a_large_prefetch_waits_and_then_goes_on(
+    make_process: Make, make_checkpoint: Make
+) -> None:
+    store = make_process(chunks=40)
+    large, asked = make_checkpoint("large", 256 * MIB), make_checkpoint("asked")
+    client = await store.client()
+    fetched = await client.open(large.wanted(priority=Priority.PREFETCH))
+    feed = Feed(fetched)
+    assert await feed.next() is not None  # it is being read
+    granted = await store.load(asked)
+    assert content_of(granted) == asked.data
+    assert (await feed.all())[-1] == {"ready": 256}
+    assert content_of(fetched) == large.data
+    await store.recorder.until(lambda: len(store.recorder.loads) == 2)
+    first, second = store.recorder.loads
+    assert (first.checkpoint, second.checkpoint) == (asked.digest, large.digest)
+    assert second.queue_s >= first.read_s  # it waited as long as the other was read
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

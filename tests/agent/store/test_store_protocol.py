@@ -19,6 +19,7 @@ from sllm.agent.store.client import Died, StoreClient, Wanted
 from sllm.agent.store.feed import Feed
 from sllm.agent.store.protocol import Malformed, Message, decode, encode
 from sllm.core.grant import POOL_BLOCK_BYTES, Extent
+from sllm.core.priority import Priority
 from sllm.errors import DeadlineExceeded
 from sllm.loader.memory.table import Entry, EntryState
 
@@ -47,7 +48,7 @@ MESSAGES = st.one_of(
         checkpoint=TEXTS,
         folder=TEXTS,
         partition=COUNTS,
-        priority=st.sampled_from(protocol.Priority),
+        priority=st.sampled_from(Priority),
         deadline_s=st.floats(0, 1e9),
     ),
     st.builds(protocol.Abandon, id=COUNTS),

@@ -14,9 +14,9 @@ import pytest
 from agent.store.conftest import MIB, Feed, Made, Recorder, content_of, copied_out
 
 from sllm.agent.store.client import StoreClient
-from sllm.agent.store.protocol import Priority
 from sllm.agent.store.server import Server
 from sllm.core.grant import POOL_BLOCK_BYTES
+from sllm.core.priority import Priority
 from sllm.errors import (
     ChunkCorrupt,
     DeadlineExceeded,
