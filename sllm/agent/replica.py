@@ -26,6 +26,7 @@ from sllm.agent.transitions import (
 from sllm.agent.weights import Weights
 from sllm.core.device import Device
 from sllm.core.launch import LaunchRecord
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
 from sllm.errors import (
     DeadlineExceeded,
@@ -56,6 +57,7 @@ class Replica:
         weights: Weights,
         layouts: Layouts,
         *,
+        priority: Priority,
         on_change: Callable[[], None],
         gone: Callable[[Replica], None],
     ) -> None:
@@ -66,6 +68,7 @@ class Replica:
         self._launcher = launcher
         self._weights = weights
         self._layouts = layouts
+        self._priority = priority
         self._on_change = on_change
         self._gone = gone
         self._tracked = Tracked(
@@ -106,6 +109,12 @@ class Replica:
         self._save_to = record.save_runtime
         self._apply(PhaseBegan(phase=StartPhase.BUILDING))
         self._begin(lambda: self._served(host))
+
+    def raise_to(self, priority: Priority) -> None:
+        """Let its load go by this priority from now on, if it had a worse one."""
+        if priority < self._priority and self.status.state is ReplicaState.STARTING:
+            self._priority = priority
+            self._weights.raise_to(self.spec.digest, priority)
 
     def stop(self, drain_s: float) -> None:
         """End it: what serves gets `drain_s` for its requests, what is still starting is called off."""
@@ -203,7 +212,8 @@ class Replica:
 
         Raises DeadlineExceeded if the load's turn does not come in time, and what `checking` does.
         """
-        async with self._weights.granted(chosen.stored, deadline_s=self._left_s) as granted:
+        wish = self._weights.granted(chosen.stored, priority=self._priority, deadline_s=self._left_s)
+        async with wish as granted:
             await checking
             self._apply(PhaseBegan(phase=StartPhase.FORKING))
             host = await self._launcher.launch(self.spec, self.nonce, self._devices, chosen, granted)

@@ -18,6 +18,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device
 from sllm.core.ids import ReplicaId
 from sllm.core.launch import LaunchRecord
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.errors import CapacityExceeded, Conflict, NotFound, SllmError, StaleGeneration, Unavailable
 from sllm.loader.store import SsdStore
@@ -57,8 +58,8 @@ class Replicas:
         living = (replica.spec for replica in self._replicas.values() if not replica.over)
         return tuple(spec.id for spec in living if spec.digest == digest)
 
-    def start(self, spec: ReplicaSpec) -> None:
-        """Lease the devices and begin; the same command again is no error.
+    def start(self, spec: ReplicaSpec, priority: Priority = Priority.REQUEST) -> None:
+        """Lease the devices and begin; the same command again is no error, and raises the `priority` if that is better.
 
         Raises Conflict, StaleGeneration, NotFound, CapacityExceeded, Unavailable.
         """
@@ -66,6 +67,7 @@ class Replicas:
             raise Unavailable("the agent is stopping", hint="try again when it is back")
         if spec.id in self._replicas:
             _check_repeated(self._replicas[spec.id].spec, spec)
+            self._replicas[spec.id].raise_to(priority)
             return
         entry = self._store.with_digest(spec.digest)
         devices = self.leases.take(spec.id, spec.devices, self._devices())
@@ -74,7 +76,7 @@ class Replicas:
         except CapacityExceeded:
             self.leases.release(spec.id)
             raise
-        self._new(spec, devices).start(entry)
+        self._new(spec, devices, priority).start(entry)
         self._on_change()
 
     def host(self, id: ReplicaId, generation: int) -> EngineHost:  # noqa: A002 - it is one
@@ -143,13 +145,14 @@ class Replicas:
         self._closing = True
         await asyncio.gather(*(replica.detach() for replica in tuple(self._replicas.values())))
 
-    def _new(self, spec: ReplicaSpec, devices: tuple[Device, ...]) -> Replica:
+    def _new(self, spec: ReplicaSpec, devices: tuple[Device, ...], priority: Priority) -> Replica:
         replica = Replica(
             spec,
             devices,
             self._launcher,
             self._weights,
             self._layouts,
+            priority=priority,
             on_change=self._on_change,
             gone=self._on_gone,
         )
@@ -168,7 +171,8 @@ class Replicas:
             return False
         log.info("engine host %d of %s is found again", record.pid, record.replica)
         host = self._launcher.reach(record, process)
-        self._new(record.spec, devices).adopt(host, record)
+        # What it was started for is not known. If a request waits, that is said again.
+        self._new(record.spec, devices, Priority.PREWARM).adopt(host, record)
         return True
 
     def _on_gone(self, replica: Replica) -> None:

@@ -82,7 +82,7 @@ class Agent:
         self._admit(request.epoch)
         if not _REPLICA_ID.fullmatch(request.spec.id) or not request.spec.devices:
             raise InvalidArgument(f"{request.spec.id!r} is no replica id, or the replica has no device")
-        self._replicas.start(request.spec)
+        self._replicas.start(request.spec, request.priority)
         return Empty()
 
     async def stop_replica(self, request: StopReplicaCommand) -> Empty:

@@ -10,6 +10,7 @@ from typing import Protocol
 from sllm.core.checkpoint import Checkpoint, ExecutionFile
 from sllm.core.ids import CheckpointName, OperationId, ReplicaId
 from sllm.core.migration import MigrationOrder, MigrationReport
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec
 from sllm.rpc import agent_pb2, common_pb2
 from sllm.rpc.control import Empty, LogChunk
@@ -52,10 +53,15 @@ class VerifyCheckpointCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReplicaCommand:
-    """Answered when the agent has leased the devices; how the start goes on is in its reports."""
+    """Answered when the agent has leased the devices; how the start goes on is in its reports.
+
+    Repeating it is no error. With a more urgent `priority` it raises that of the start under way: a raise needs no
+    command of its own, and an agent that does not know priorities takes it for a repetition.
+    """
 
     epoch: int
     spec: ReplicaSpec
+    priority: Priority = Priority.REQUEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ first use, and the round-trip property test walks every message. The token proto
 frames are converted by hand in `rpc/engine.py`, because they are hot.
 
 Rules: `T | None` <-> field presence; `tuple[T, ...]` <-> repeated; `dict` <-> map; an enum member NAME <-> TYPE_NAME.
-A protobuf enum number that this version does not know raises InvalidArgument: the peer is newer than we are.
+A protobuf enum number that this version does not know raises InvalidArgument: the peer is newer than we are. An enum
+that defines `_missing_` says itself what such a number means.
 """
 
 from __future__ import annotations
@@ -69,12 +70,15 @@ def _enum_to_number(value: enum.Enum, descriptor: Any) -> int:
 def _enum_from_number(cls: type[enum.Enum], number: int, descriptor: Any) -> Any:
     known = descriptor.values_by_number.get(number)
     name = known.name.removeprefix(_enum_prefix(descriptor)) if known else ""
-    if name not in cls.__members__:
+    if name in cls.__members__:
+        return cls[name]
+    meant = cls._missing_(number)
+    if meant is None:
         raise InvalidArgument(
             f"a peer sent {descriptor.name} {name or number}, which this version does not know",
             hint="upgrade this process to the peer's version",
         )
-    return cls[name]
+    return meant
 
 
 def to_proto(value: Any, message_type: type[Message]) -> Message:

@@ -12,6 +12,7 @@ import pytest
 
 from sllm.agent import hosts
 from sllm.core.ids import DeviceId, ReplicaId
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.errors import CapacityExceeded, Conflict, EngineFailed, NotFound, StaleGeneration
 
@@ -355,6 +356,30 @@ async def test_reads_are_one_at_a_time_and_what_is_in_memory_does_not_wait(
     assert node.status("rep-1").phase == "queued"
     node.reading.go_on()
     await node.until(lambda: len(node.warm.hosts) == 3)
+
+
+@pytest.mark.parametrize("before", [Priority.PREWARM, Priority.PREFETCH])
+async def test_a_start_that_is_asked_for_again_more_urgently_goes_before_what_is_read_for_less(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path], before: Priority
+) -> None:
+    node = make_node(devices=2)
+    digests = [await node.add(make_model(name, (4 << 20) + n), name) for n, name in enumerate(["a", "b"])]
+    node.reading.hold()
+    first, second = (
+        make_spec(digest, id=ReplicaId(f"rep-{number}"), devices=(DeviceId(f"fake-{number}"),))
+        for number, digest in enumerate(digests)
+    )
+    node.local.replicas.start(first, Priority.PREWARM)
+    await node.until_host()
+    node.local.replicas.start(second, before)
+    node.local.replicas.start(second, before)  # the same again changes nothing
+    assert node.status("rep-1").phase == "queued"
+    node.local.replicas.start(second, Priority.REQUEST)
+    await node.until(lambda: len(node.warm.hosts) == 2)
+    assert node.status("rep-1").phase != "queued"
+    assert node.local.weights.loads == ()  # the first has not ended
+    node.reading.go_on()
+    await node.until(lambda: len(node.local.weights.loads) == 2)
 
 
 async def test_detaching_leaves_the_host_alone(make_node: MakeNode, make_spec: MakeSpec, model: Path) -> None:

@@ -11,9 +11,10 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, StartPhase
 from sllm.errors import InvalidArgument
-from sllm.rpc import agents, common_pb2, control, engine, engine_pb2, nodes, routes
+from sllm.rpc import agent_pb2, agents, common_pb2, control, engine, engine_pb2, nodes, routes
 from sllm.rpc.convert import from_proto, to_proto
 from sllm.rpc.transport import Method
 
@@ -94,6 +95,13 @@ def test_an_enum_value_of_a_newer_peer_is_a_clear_error() -> None:
     message = engine_pb2.HostStatus(replica="rep-1", state=77, phase=1)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="ReplicaState 77"):
         from_proto(message, engine.HostStatus)
+
+
+@pytest.mark.parametrize(("number", "priority"), [(0, Priority.REQUEST), (1, Priority.PREWARM), (77, Priority.REQUEST)])
+def test_a_start_without_a_known_priority_is_as_urgent_as_a_request(number: int, priority: Priority) -> None:
+    message = agent_pb2.StartReplicaRequest(epoch=1, spec=common_pb2.ReplicaSpec(id="rep-1"))
+    message.priority = number  # type: ignore[assignment]
+    assert from_proto(message, agents.StartReplicaCommand).priority is priority
 
 
 def test_an_enum_that_was_never_set_is_a_clear_error() -> None:
