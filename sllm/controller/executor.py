@@ -12,6 +12,7 @@ from typing import Any
 
 from sllm.controller.events import CommandEnded
 from sllm.core.ids import ReplicaId
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Intent
 from sllm.errors import SllmError, Unavailable
@@ -35,8 +36,9 @@ class Executor:
             self._clients[address] = AgentClient(address, self._tls, peer="agent")
         return self._clients[address]
 
-    def start(self, address: str, spec: ReplicaSpec) -> None:
-        command = StartReplicaCommand(epoch=self.epoch, spec=spec)
+    def start(self, address: str, spec: ReplicaSpec, priority: Priority) -> None:
+        """Start a replica, or raise the priority of its start."""
+        command = StartReplicaCommand(epoch=self.epoch, spec=spec, priority=priority)
         self.spawn(self._command(spec.id, Intent.RUN, self.client(address).start_replica(command)))
 
     def end(self, address: str, spec: ReplicaSpec, intent: Intent, drain_s: float) -> None:

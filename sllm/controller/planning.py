@@ -16,7 +16,7 @@ from sllm.core.route import RouteTable
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.errors import DeadlineExceeded
 from sllm.scheduler import autoscale, retry
-from sllm.scheduler.plan import Action, DrainReplica, Plan, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
 from sllm.scheduler.reconcile import reconcile
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ async def _carry_out(world: World, plan: Plan) -> None:
 async def _act(world: World, action: Action) -> None:
     if isinstance(action, StartReplica):
         _start(world, action)
+    elif isinstance(action, RaisePriority):
+        _raise(world, action)
     elif isinstance(action, DrainReplica):
         _end(world, action.replica, Intent.DRAIN, world.policy.drain_s, action.why)
     elif isinstance(action, StopReplica):
@@ -126,8 +128,15 @@ def _start(world: World, action: StartReplica) -> None:
         engine_args=wish.engine_args,
     )
     log.info("start %s of %s on %s: %s", spec.id, spec.deployment, action.node, action.why)
-    world.cluster.put(ReplicaView(spec=spec, node=action.node))
-    world.executor.start(world.cluster.nodes[action.node].report.address, spec)
+    world.cluster.put(ReplicaView(spec=spec, node=action.node, priority=action.priority))
+    world.executor.start(world.cluster.nodes[action.node].report.address, spec, action.priority)
+
+
+def _raise(world: World, action: RaisePriority) -> None:
+    view = world.cluster.replicas[action.replica]
+    log.info("raise %s of %s on %s: %s", action.replica, view.spec.deployment, view.node, action.why)
+    world.cluster.put(replace(view, priority=action.priority))
+    world.executor.start(world.cluster.nodes[view.node].report.address, view.spec, action.priority)
 
 
 def _end(world: World, replica: ReplicaId, intent: Intent, drain_s: float, why: str) -> None:

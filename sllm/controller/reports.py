@@ -11,6 +11,7 @@ from sllm.controller.world import World
 from sllm.core.cluster import Changes
 from sllm.core.ids import DeploymentName
 from sllm.core.node import NodeReport, NodeState
+from sllm.core.priority import Priority
 from sllm.core.snapshot import Command, DeploymentView, Intent, NodeView, ReplicaView
 from sllm.errors import Conflict, DeadlineExceeded, SllmError, StaleGeneration, Unavailable
 from sllm.rpc.nodes import HeartbeatRequest, HeartbeatResponse, RegisterResponse
@@ -69,8 +70,12 @@ def command_ended(world: World, event: CommandEnded) -> None:
     view = world.cluster.replicas.get(event.replica)
     if view is None or view.intent is not event.intent:
         return
-    if event.error is None or (event.intent is Intent.RUN and view.status is not None):
+    if event.error is None:
         world.cluster.put(replace(view, command=Command.DONE))
+    elif event.intent is Intent.RUN and view.status is not None:
+        # It has begun. Whether its agent heard of the priority is not known: it is told again if a request waits.
+        retry_at = world.clock.monotonic() + world.policy.heartbeat_s
+        world.cluster.put(replace(view, command=Command.DONE, priority=Priority.PREWARM, retry_at=retry_at))
     elif event.intent is Intent.RUN:
         _start_refused(world, view, event.error)
     else:

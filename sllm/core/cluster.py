@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.node import NodeReport, NodeState
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
 
@@ -145,7 +146,14 @@ class ClusterState:
     def _adopt(self, node: NodeName, status: ReplicaStatus, now: float) -> ReplicaView:
         """Take over a replica that nobody here planned: a controller before this one did, or the store was lost."""
         ready_at = now if status.state is ReplicaState.READY else None
-        found = ReplicaView(spec=status.spec, node=node, command=Command.DONE, status=status, ready_at=ready_at)
+        found = ReplicaView(
+            spec=status.spec,
+            node=node,
+            command=Command.DONE,
+            priority=Priority.PREWARM,  # not known: it is raised if a request waits for it
+            status=status,
+            ready_at=ready_at,
+        )
         ending = _intent_seen(status.state)
         if ending is not Intent.RUN or self._is_wanted(status):
             return replace(found, intent=ending)

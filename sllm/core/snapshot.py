@@ -13,6 +13,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.node import NodeReport, NodeState
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
 
@@ -49,12 +50,13 @@ class Policy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
     """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet;
-    `ready_at`: when one first showed it ready."""
+    `ready_at`: when one first showed it ready. `priority` is that of its start, as far as its agent surely knows it."""
 
     spec: ReplicaSpec
     node: NodeName
     intent: Intent = Intent.RUN
     command: Command = Command.SENT
+    priority: Priority = Priority.REQUEST
     retry_at: float = 0.0
     status: ReplicaStatus | None = None
     ready_at: float | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
+from sllm.core.priority import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +16,16 @@ class StartReplica:
     deployment: DeploymentName
     node: NodeName
     devices: tuple[DeviceId, ...]
+    priority: Priority
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaisePriority:
+    """A request has come to wait for a replica that was started ahead of requests."""
+
+    replica: ReplicaId
+    priority: Priority
     why: str
 
 
@@ -37,7 +48,7 @@ class RemoveDeployment:
     deployment: DeploymentName
 
 
-Action = StartReplica | DrainReplica | StopReplica | RemoveDeployment
+Action = StartReplica | RaisePriority | DrainReplica | StopReplica | RemoveDeployment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sllm.core.ids import DeploymentName, ReplicaId
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import Scale, scale
 from sllm.scheduler.placement import Placement, Room, Waiting, place, refusals
-from sllm.scheduler.plan import Action, DrainReplica, Plan, Reason, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import (
+    Action,
+    DrainReplica,
+    Plan,
+    RaisePriority,
+    Reason,
+    RemoveDeployment,
+    StartReplica,
+    StopReplica,
+)
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
@@ -70,6 +80,7 @@ class _Planner:
         wanted = scale(view, self._snapshot, len(current), self._now)
         if wanted.until is not None and len(current) > wanted.needed:
             self._wakes.append(wanted.until)
+        self._raise_awaited(view, current)
         let_go = self._start_missing(view, current, outdated, wanted)
         self._retire_outdated(view, current, [r for r in outdated if r not in let_go], wanted)
         self._retire_surplus(current, wanted)
@@ -85,13 +96,34 @@ class _Planner:
     ) -> list[ReplicaView]:
         """Start what is missing; return outdated replicas that were let go to make room for it."""
         missing = min(wanted.needed - len(current), self._allowed_starts(view, current, wanted))
-        for _ in range(missing):
+        awaited = self._awaited_starts(view) - sum(r.starting for r in current)
+        for number in range(missing):
             placement = place(self._room, view)
             if isinstance(placement, Waiting):
                 self._reasons[view.name] = Reason(text=placement.text, detail=refusals(placement.candidates))
                 return self._make_room(view, outdated)
-            self._start(view, placement)
+            self._start(view, placement, Priority.REQUEST if number < awaited else Priority.PREWARM)
         return []
+
+    def _awaited_starts(self, view: DeploymentView) -> int:
+        """Return for how many starts the held requests wait; starts beyond them are ahead of requests."""
+        held = self._snapshot.held.get(view.name)
+        return -(-held.count // view.current.deployment.spec.target_concurrency) if held else 0
+
+    def _raise_awaited(self, view: DeploymentView, current: Sequence[ReplicaView]) -> None:
+        """Let starts go on at the priority of the requests that have come to wait for them, the oldest first.
+
+        One that no report has shown yet may not have been accepted: it is raised when it has been.
+        """
+        starting = sorted((r for r in current if r.starting), key=lambda r: r.priority)
+        for replica in starting[: self._awaited_starts(view)]:
+            if replica.priority is Priority.REQUEST or replica.status is None:
+                continue
+            if self._now < replica.retry_at:
+                self._wakes.append(replica.retry_at)
+            else:
+                why = "a request waits for it"
+                self._actions.append(RaisePriority(replica=replica.spec.id, priority=Priority.REQUEST, why=why))
 
     def _allowed_starts(self, view: DeploymentView, current: Sequence[ReplicaView], wanted: Scale) -> int:
         if wanted.needed <= len(current):
@@ -110,13 +142,15 @@ class _Planner:
         # After a failure one is tried at a time.
         return 1 - sum(r.starting for r in current)
 
-    def _start(self, view: DeploymentView, placement: Placement) -> None:
+    def _start(self, view: DeploymentView, placement: Placement, priority: Priority) -> None:
         self._room.take(placement.node, placement.devices)
         why = f"holds the checkpoint in {placement.tier.name}, {len(placement.devices)} devices free"
         if others := refusals(placement.candidates):
             why += f" ({others})"
         self._actions.append(
-            StartReplica(deployment=view.name, node=placement.node, devices=placement.devices, why=why)
+            StartReplica(
+                deployment=view.name, node=placement.node, devices=placement.devices, priority=priority, why=why
+            )
         )
 
     def _make_room(self, view: DeploymentView, outdated: Sequence[ReplicaView]) -> list[ReplicaView]:

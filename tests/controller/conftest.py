@@ -208,6 +208,8 @@ class FakeAgent:
         if self.refusal:
             refusal, self.refusal = self.refusal, None
             raise refusal
+        if request.spec.id in self.replicas:
+            return Empty()  # it raises the priority
         if any(set(s.spec.devices) & set(request.spec.devices) for s in self.replicas.values()):
             raise Conflict(f"devices {request.spec.devices} are leased")
         self.replicas[request.spec.id] = ReplicaStatus(spec=request.spec, state=ReplicaState.STARTING)

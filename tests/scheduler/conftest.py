@@ -11,6 +11,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.node import NodeReport, NodeState
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import Residency, ResidencyState, Tier
 from sllm.core.snapshot import (
@@ -89,6 +90,7 @@ def replica(
     devices: Any = ("d0",),
     generation: int = 1,
     command: Command = Command.DONE,
+    priority: Priority = Priority.REQUEST,
     retry_at: float = 0.0,
 ) -> ReplicaView:
     """`state` None: it has not been reported yet."""
@@ -104,7 +106,9 @@ def replica(
         max_model_len=64,
     )
     status = ReplicaStatus(spec=spec, state=state, address=f"{on}:2") if state else None
-    return ReplicaView(spec=spec, node=on, intent=intent, command=command, retry_at=retry_at, status=status)
+    return ReplicaView(
+        spec=spec, node=on, intent=intent, command=command, priority=priority, retry_at=retry_at, status=status
+    )
 
 
 def snapshot(

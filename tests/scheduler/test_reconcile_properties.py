@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from sllm.core.device import DeviceState
 from sllm.core.node import NodeState
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.residency import Tier
 from sllm.core.snapshot import Command, Failures, Intent
-from sllm.scheduler.plan import DrainReplica, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import DrainReplica, RaisePriority, RemoveDeployment, StartReplica, StopReplica
 from sllm.scheduler.reconcile import reconcile
 
 NODES, APPS, NOW = "abc", ("app", "bee"), 100.0
@@ -66,6 +67,7 @@ def draw_replica(draw, make, node, device, number):
         state=draw(st.sampled_from([None, ReplicaState.READY, ReplicaState.READY, *ReplicaState])),
         intent=draw(st.sampled_from([Intent.RUN, Intent.RUN, Intent.RUN, *Intent])),
         command=draw(st.sampled_from(Command)),
+        priority=draw(st.sampled_from([Priority.REQUEST, Priority.PREWARM])),
         retry_at=draw(TIMES),
         generation=number,
     )
@@ -102,9 +104,12 @@ def carried_out(make, snapshot, plan):
                 revision=deployments[action.deployment].current.number,
                 state=None,
                 command=Command.SENT,
+                priority=action.priority,
                 generation=1000 + number,
             )
             replicas[new.spec.id] = new
+        elif isinstance(action, RaisePriority):
+            replicas[action.replica] = replace(replicas[action.replica], priority=action.priority)
         elif isinstance(action, RemoveDeployment):
             del deployments[action.deployment]
         else:
@@ -124,6 +129,7 @@ def test_every_plan_is_safe(make, data):
     check_endings(snapshot, plan)
     after = carried_out(make, snapshot, plan)
     check_bounds(snapshot, after)
+    check_priorities(snapshot, after)
     assert reconcile(after, NOW).actions == (), "an unchanged world gives an empty plan"
 
 
@@ -159,6 +165,22 @@ def check_bounds(before, after):
         spec = view.current.deployment.spec
         assert now <= max(was, spec.max_replicas)
         assert now >= min(was, spec.min_replicas)
+
+
+def check_priorities(before, after):
+    """No more starts go at the priority of requests than requests wait for; none is lowered."""
+    for view in after.deployments.values():
+        held = after.held.get(view.name)
+        awaited = -(-held.count // view.current.deployment.spec.target_concurrency) if held else 0
+        urgent = [
+            replica
+            for replica in after.replicas.values()
+            if current(replica, view) and replica.starting and replica.priority is Priority.REQUEST
+        ]
+        were = [before.replicas[r.spec.id].priority for r in urgent if r.spec.id in before.replicas]
+        assert len(urgent) <= max(awaited, sum(priority is Priority.REQUEST for priority in were))
+    for replica in before.replicas.values():
+        assert after.replicas[replica.spec.id].priority <= replica.priority
 
 
 def current(replica, view):
