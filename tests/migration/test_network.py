@@ -38,7 +38,8 @@ REQUEST = RequestId("req-1")
 PROMPT = list(range(40))
 TOKENS = [1000 + 7 * p for p in range(60)]
 HOSTS = 3
-COST = RecomputeCost(per_token_s=0.5, fixed_s=0.1, observations=5)  # dear: rounds pay
+INTERVAL_S = 0.1
+COST = RecomputeCost(per_token_s=0.01, fixed_s=0.0, observations=5)  # ten times as fast as decoding: rounds pay
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Network(RuleBasedStateMachine):
 
     @rule(host=st.integers(0, HOSTS - 1))
     def decode(self, host: int) -> None:
-        self.now += 0.01
+        self.now += INTERVAL_S
         for stream, position in list(self.hosts[host].running.items()):
             if position < len(TOKENS):
                 self.send(host, Frame(stream, position))
@@ -185,7 +186,7 @@ class Network(RuleBasedStateMachine):
         streams = list(self.hosts[host].running)
         if to == host or not streams:
             return
-        machine = source.new(cost=COST, block_size=4, deadline=self.now + 1.0)
+        machine = source.new(cost=COST, block_size=4, deadline=self.now + 3.0)
         migration = Migration(machine, host, self.hosts[host].incarnation, streams[-1], to)
         self.migrations.append(migration)
         self.apply(migration, Begin(progress=self.progress(migration)))
@@ -202,7 +203,7 @@ class Network(RuleBasedStateMachine):
             if migration.key == key and migration.machine.phase is Phase.ROUND:
                 migration.key = None
                 tokens = migration.asked_tokens
-                answer = Round(tokens=tokens, cached_tokens=0, seconds=0.5 * tokens)
+                answer = Round(tokens=tokens, cached_tokens=0, seconds=COST.per_token_s * tokens)
                 self.apply(migration, RoundEnded(round=answer, progress=self.progress(migration)))
 
     @rule(late=st.booleans())
@@ -212,7 +213,7 @@ class Network(RuleBasedStateMachine):
 
     def progress(self, migration: Migration) -> Progress:
         position = self.hosts[migration.host].running.get(migration.stream, len(TOKENS))
-        return Progress(prompt_tokens=len(PROMPT), output_tokens=position, interval_s=0.01)
+        return Progress(prompt_tokens=len(PROMPT), output_tokens=position, interval_s=INTERVAL_S)
 
     def tell(self, host: int, stream: int, event: source.Event) -> None:
         for migration in self.migrations:
