@@ -147,7 +147,7 @@ class Host:
         """As `stop`. Called again, it can only make the end come sooner."""
         if self.status.state is ReplicaState.READY:
             self._board.update(state=ReplicaState.DRAINING)
-            self._recomputes.fail_all(self._away())
+            self._recomputes.close(self._away())
         if drain_s <= 0 or self.status.state is not ReplicaState.DRAINING or not self._requests:
             self._finish()
             return
@@ -163,7 +163,7 @@ class Host:
         stopping = Unavailable(f"{self._launch.spec.id} is stopping")
         self._migrations.stop()
         self._thread.abort(self._requests.fail_all(stopping, time.monotonic(), self._thread.steps))
-        self._recomputes.fail_all(stopping)
+        self._recomputes.close(stopping)
         self._requests.close_all()
         self._board.update(state=ReplicaState.STOPPING, running=0, waiting=0)
         self._board.close()
@@ -226,7 +226,7 @@ class Host:
     def _take_request(self, request: TokenRequest, connection: Connection) -> None:
         refusal = self._refusal() or oversized(request)
         if refusal is None:
-            self._recomputes.supersede(request.request_id)
+            self._recomputes.drop(request.request_id)
             self._thread.add(self._requests.open(connection, request), request)
             self._load_changed()
             return
@@ -325,7 +325,7 @@ class Host:
             return  # one that hung, and broke later
         self._failure = EngineFailed(error.message, hint=error.hint)
         self._requests.fail_all(self._failure, time.monotonic(), self._thread.steps)
-        self._recomputes.fail_all(self._failure)
+        self._recomputes.close(self._failure)
         if not self.finished.is_set():
             draining = self.status.state is ReplicaState.DRAINING
             self._board.update(state=ReplicaState.FAILED, error=error.message, error_reason=error.reason)

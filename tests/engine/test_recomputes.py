@@ -13,11 +13,11 @@ from sllm.core.ids import RequestId
 from sllm.core.migration import Round
 from sllm.core.replica import ReplicaState
 from sllm.core.tokens import Finish, FinishReason, Prefill
-from sllm.engine import recomputes as module
 from sllm.engine.base import Output
 from sllm.engine.fake import FakeSettings
 from sllm.engine.recomputes import Recomputes
 from sllm.errors import Cancelled, EngineFailed, InvalidArgument, QueueFull, SllmError, StaleGeneration, Unavailable
+from sllm.migration.destination import MAX_AT_ONCE
 from sllm.rpc.engine import RecomputeRequest, StopRequest
 
 Serve = Callable[..., Any]
@@ -92,22 +92,24 @@ async def test_a_newer_round_of_a_request_replaces_the_older() -> None:
 async def test_a_request_that_resumes_ends_its_round_and_no_other() -> None:
     recomputes, engine = table()
     mine, other = await begun(recomputes, ask("req-1"), ask("req-2"))
-    recomputes.supersede(RequestId("req-1"))
+    recomputes.drop(RequestId("req-1"))
     with pytest.raises(Cancelled):
         await mine
     recomputes.take([done(engine.asked[1])])
     assert (await other).cached_tokens == 16
 
 
-async def test_only_so_many_rounds_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_AT_ONCE", 2)
+async def test_only_so_many_rounds_are_under_way_and_closing_ends_them() -> None:
     recomputes, engine = table()
-    *_, third = await begun(recomputes, *(ask(f"req-{n}") for n in range(3)))
-    with pytest.raises(QueueFull, match="2 recomputes"):
-        await third
-    recomputes.fail_all(Unavailable("stopping"))
-    await begun(recomputes)
-    assert engine.aborted == engine.asked == [1, 2]
+    *kept, refused = await begun(recomputes, *(ask(f"req-{n}") for n in range(MAX_AT_ONCE + 1)))
+    with pytest.raises(QueueFull, match="too many"):
+        await refused
+    recomputes.close(Unavailable("stopping"))
+    for task in kept:
+        with pytest.raises(Unavailable, match="stopping"):
+            await task
+    assert engine.aborted == engine.asked
+    assert len(engine.asked) == MAX_AT_ONCE
 
 
 async def test_what_the_engine_refuses_the_caller_is_told() -> None:
