@@ -1,13 +1,15 @@
 """When to stop sending rounds: what a handover now would make the client wait, and whether one more round pays.
 
-The destination keeps the KV cache of whole blocks only, so that a partly filled block is always computed again.
+The destination keeps the KV cache of whole blocks only, so that a partly filled block is always computed again; and so
+is the last token, whose block may be a whole one, because what comes next is made by computing it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sllm.core.migration import RecomputeCost
+from sllm.migration.estimate import predicted_s
 
 MAX_ROUNDS = 8  # the gap shrinks by the ratio of recomputing to decoding, 5-100x a round: three are usual
 MIN_GAIN = 0.25  # a round must shorten the pause by this share, or it disturbs the destination for nothing
@@ -46,20 +48,25 @@ def cached(tokens: int, block_size: int) -> int:
 
 
 def pause_s(progress: Progress, covered_tokens: int, road: Road) -> float:
-    """What the client would wait between two tokens if the request moved now (paper §5.2: a * t + b).
+    """What the client would wait between two tokens if the request moved now: a * t + b, and the way there and back.
 
     `covered_tokens` have been recomputed there in rounds.
     """
-    missing = max(0, progress.tokens - cached(covered_tokens, road.block_size * progress.choices))
-    return road.cost.fixed_s + road.cost.per_token_s * missing + road.round_trip_s
+    used = min(covered_tokens, progress.tokens - progress.choices)
+    missing = progress.tokens - cached(max(0, used), _block(progress, road))
+    return predicted_s(road.cost, missing) + road.round_trip_s
 
 
 def pause_after_round_s(progress: Progress, covered_tokens: int, road: Road) -> float:
     """The same, after one more round: while it is computed the source decodes on."""
     round_s = pause_s(progress, covered_tokens, road)
-    made = 0.0 if progress.interval_s <= 0 else round_s / progress.interval_s * progress.choices
-    missing = progress.tokens % (road.block_size * progress.choices) + made
-    return road.cost.fixed_s + road.cost.per_token_s * missing + road.round_trip_s
+    made = 0 if progress.interval_s <= 0 else int(round_s / progress.interval_s) * progress.choices
+    return pause_s(replace(progress, output_tokens=progress.output_tokens + made), progress.tokens, road)
+
+
+def _block(progress: Progress, road: Road) -> int:
+    """How many tokens all choices have when each has a whole block."""
+    return road.block_size * progress.choices
 
 
 def pays(progress: Progress, covered_tokens: int, rounds: int, road: Road) -> bool:
@@ -68,7 +75,7 @@ def pays(progress: Progress, covered_tokens: int, rounds: int, road: Road) -> bo
     Not if the pause is within the request's own rhythm already, nor if the round would hardly shorten it. While nothing
     is known of the cost, the first round is what tells.
     """
-    if rounds >= MAX_ROUNDS or progress.tokens < road.block_size:
+    if rounds >= MAX_ROUNDS or progress.tokens < _block(progress, road):
         return False
     if road.cost.observations == 0:
         return rounds == 0

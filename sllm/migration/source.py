@@ -130,7 +130,7 @@ def round_ended(source: Source, event: RoundEnded, now: float) -> Step:
     measured = event.round.tokens - event.round.cached_tokens
     cost = estimate.updated(source.road.cost, measured, event.round.seconds)
     road = replace(source.road, cost=cost, round_trip_s=event.round_trip_s)
-    source = replace(source, road=road, rounds=source.rounds + 1, covered_tokens=event.round.tokens)
+    source = replace(source, road=road, rounds=source.rounds + 1, covered_tokens=source.asked_tokens)
     source, effects = _go_on(source, event.progress, now)
     return source, (Report(state=MigrationState.ROUNDS, last_round=event.round), *effects)
 

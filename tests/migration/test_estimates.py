@@ -1,8 +1,11 @@
 """What is learnt: the cost of recomputing (paper §5.2), and how long requests run on."""
 
 import random
+import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sllm.core.migration import RecomputeCost
 from sllm.migration.estimate import RecomputeEstimate, predicted_s, updated
@@ -65,11 +68,56 @@ def test_what_needed_no_work_or_no_time_is_no_observation() -> None:
     assert estimate.cost.observations == 0
 
 
-def test_a_migration_believes_its_own_last_round() -> None:
+def test_small_rounds_are_predicted_as_well_as_large_ones() -> None:
+    estimate, generator, wrong = RecomputeEstimate(), random.Random(2), []
+    for number in range(200):
+        tokens = generator.choice([generator.randrange(4, 60), generator.randrange(300, 2500)])
+        true_s = 0.0008 * tokens + 0.02
+        if number >= 20 and tokens < 60:
+            wrong.append(abs(predicted_s(estimate.cost, tokens) - true_s) / true_s)
+        estimate.observe(tokens, true_s * (1 + generator.uniform(-0.2, 0.2)))
+    assert statistics.median(wrong) <= 0.1
+
+
+def test_rounds_that_are_much_alike_do_not_make_long_ones_look_free() -> None:
+    estimate, generator = RecomputeEstimate(), random.Random(3)
+    for _ in range(50):
+        estimate.observe(generator.randrange(95, 106), 0.1 * (1 + generator.uniform(-0.2, 0.2)))
+    assert predicted_s(estimate.cost, 2000) >= 1.0
+
+
+def test_a_migration_learns_the_part_that_its_round_tells_of() -> None:
     known = RecomputeCost(per_token_s=0.001, fixed_s=0.01, observations=20)
-    cost = updated(known, 100, 0.21)
-    assert (cost.per_token_s, cost.fixed_s) == (pytest.approx(0.002), 0.01)
+    large, small = updated(known, 1000, 1.5), updated(known, 2, 0.015)
+    assert large.per_token_s == pytest.approx(0.0015, rel=0.01)
+    assert large.fixed_s == pytest.approx(0.01, rel=0.01)
+    assert small.per_token_s == pytest.approx(0.001, rel=0.1)
+    assert small.fixed_s == pytest.approx(0.013, rel=0.05)
     assert updated(known, 0, 0.5) == known
+
+
+def test_after_one_round_a_migration_has_a_guess_of_both_parts() -> None:
+    cost = updated(RecomputeCost(), 484, 0.5)
+    assert (cost.per_token_s, cost.fixed_s, cost.observations) == (pytest.approx(0.001), pytest.approx(0.016), 1)
+
+
+@given(
+    first=st.tuples(st.integers(1, 5000), st.floats(1e-4, 10)),
+    later=st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-4, 10)), max_size=8),
+)
+def test_whatever_was_measured_recomputing_is_never_free(
+    first: tuple[int, float], later: list[tuple[int, float]]
+) -> None:
+    cost = updated(RecomputeCost(), *first)
+    estimate = RecomputeEstimate()
+    estimate.observe(*first)
+    for tokens, seconds in later:
+        before, cost = cost, updated(cost, tokens, seconds)
+        assert before.per_token_s / 2 <= cost.per_token_s * 1.001
+        assert cost.per_token_s <= before.per_token_s * 2.001
+        estimate.observe(tokens, seconds)
+        assert estimate.cost.per_token_s > 0
+        assert estimate.cost.fixed_s >= 0
 
 
 def test_a_request_is_expected_to_end_as_longer_ones_did() -> None:

@@ -16,6 +16,17 @@ def test_a_partly_filled_block_is_computed_again() -> None:
     assert pause_s(progress, 47, ROAD) == pytest.approx(0.018)
 
 
+def test_the_last_token_is_computed_again_with_its_block() -> None:
+    whole = Progress(prompt_tokens=40, output_tokens=8, interval_s=0.01)
+    assert pause_s(whole, whole.tokens, ROAD) == pytest.approx(0.016)
+    one_more = Progress(prompt_tokens=40, output_tokens=9, interval_s=0.01)
+    assert pause_s(one_more, 48, ROAD) == pytest.approx(0.001)
+
+
+def test_choices_that_have_no_whole_block_each_have_nothing_to_be_kept() -> None:
+    assert not pays(Progress(prompt_tokens=15, output_tokens=0, interval_s=0.01, choices=3), 0, 0, ROAD)
+
+
 def test_the_gap_shrinks_by_the_ratio_of_recomputing_to_decoding_paper_5_2() -> None:
     progress = Progress(prompt_tokens=0, output_tokens=1600, interval_s=0.02)
     assert pause_s(progress, 0, ROAD) == pytest.approx(1.6)
