@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
-from sllm.core.node import NodeReport, NodeState
+from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
@@ -33,6 +33,7 @@ class ClusterState:
         self.nodes: dict[NodeName, NodeView] = {}
         self.replicas: dict[ReplicaId, ReplicaView] = {}
         self.deployments: dict[DeploymentName, DeploymentView] = {}
+        self.cordons: dict[NodeName, Cordon] = {}
         self._on_node: dict[NodeName, set[ReplicaId]] = {}
         self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
 
@@ -62,12 +63,14 @@ class ClusterState:
 
     # -- nodes
 
-    def observe(self, report: NodeReport, *, now: float, wall: float, cordoned: bool = False) -> Changes:
+    def observe(self, report: NodeReport, *, now: float, wall: float) -> Changes:
         """Take a node's whole report: the truth about its replicas, known or not."""
         before = self.nodes.get(report.name)
         restarted = before is None or before.report.incarnation != report.incarnation
-        state = NodeState.CORDONED if cordoned else NodeState.READY
-        self.nodes[report.name] = NodeView(report=report, state=state, seen_at=now, last_seen=wall, cordoned=cordoned)
+        cordon = self.cordons.get(report.name, OPEN)
+        self.nodes[report.name] = NodeView(
+            report=report, state=_state(cordon), seen_at=now, last_seen=wall, cordon=cordon
+        )
         changes = [self._observe_replica(report.name, status, now, restarted) for status in report.replicas]
         return _merged([*changes, self._forget_absent(report, restarted=restarted)])
 
@@ -76,6 +79,16 @@ class ClusterState:
         view = self.nodes[name]
         self.nodes[name] = replace(view, seen_at=now, last_seen=wall, state=self._judged(view, now, now))
         return self._forget_absent(view.report, restarted=False)
+
+    def close(self, name: NodeName, cordon: Cordon) -> None:
+        """Note what of a node takes nothing new; an empty cordon opens all of it."""
+        self.cordons[name] = cordon
+        view = self.nodes.get(name)
+        if view is not None:
+            silent = view.state in (NodeState.SUSPECT, NodeState.DEAD)
+            self.nodes[name] = replace(view, cordon=cordon, state=view.state if silent else _state(cordon))
+        for replica in self._on_node.get(name, ()):
+            self.put(self.replicas[replica])
 
     def holders(self, digest: str) -> frozenset[NodeName]:
         """Nodes that are not dead and have a copy of a checkpoint to start from."""
@@ -107,13 +120,14 @@ class ClusterState:
             return NodeState.DEAD
         if now >= seen_at + self.policy.suspect_s:
             return NodeState.SUSPECT
-        return NodeState.CORDONED if view.cordoned else NodeState.READY
+        return _state(view.cordon)
 
     # -- replicas
 
     def put(self, replica: ReplicaView) -> None:
         """Add a replica, or replace what is known of it."""
-        self.replicas[replica.spec.id] = replica
+        cordon = self.cordons.get(replica.node)
+        self.replicas[replica.spec.id] = replace(replica, leaving=cordon is not None and cordon.draining)
         self._on_node.setdefault(replica.node, set()).add(replica.spec.id)
         self._of_deployment.setdefault(replica.spec.deployment, set()).add(replica.spec.id)
 
@@ -171,6 +185,13 @@ class ClusterState:
         for replica in gone:
             self.forget(replica.spec.id)
         return Changes(gone=tuple(gone), failed=tuple(_lost_start(r) for r in gone if r.starting))
+
+
+def _state(cordon: Cordon) -> NodeState:
+    """The state of a node that is heard of."""
+    if cordon.draining:
+        return NodeState.DRAINING
+    return NodeState.CORDONED if cordon.node else NodeState.READY
 
 
 def _is_gone(replica: ReplicaView, *, restarted: bool) -> bool:

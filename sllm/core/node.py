@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device
-from sllm.core.ids import NodeName
+from sllm.core.ids import DeviceId, NodeName
 from sllm.core.replica import ReplicaStatus
 from sllm.core.residency import Residency, Tier, TierUsage
 
@@ -64,6 +65,21 @@ class NodeReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cordon:
+    """What of a node takes nothing new: all of it (`node`), or some `devices`.
+
+    What runs there stays, unless the node is `draining`: then it is moved away, or waited for.
+    """
+
+    node: bool = False
+    devices: frozenset[DeviceId] = frozenset()
+    draining: bool = False
+
+
+OPEN: Final = Cordon()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """A node as the controller knows it: the last report, and the controller's judgement of it."""
 
@@ -71,3 +87,4 @@ class Node:
     state: NodeState
     last_seen: float
     cordoned: bool = False
+    cordoned_devices: tuple[DeviceId, ...] = ()

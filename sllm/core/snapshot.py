@@ -12,7 +12,7 @@ from enum import StrEnum
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
-from sllm.core.node import NodeReport, NodeState
+from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
@@ -50,7 +50,8 @@ class Policy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
     """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet;
-    `ready_at`: when one first showed it ready. `priority` is that of its start, as far as its agent surely knows it."""
+    `ready_at`: when one first showed it ready. `priority` is that of its start, as far as its agent surely knows it.
+    `leaving`: its node drains; it gets no new requests, and is told to end when it has none."""
 
     spec: ReplicaSpec
     node: NodeName
@@ -60,19 +61,28 @@ class ReplicaView:
     retry_at: float = 0.0
     status: ReplicaStatus | None = None
     ready_at: float | None = None
+    leaving: bool = False
 
     @property
     def state(self) -> ReplicaState:
         """The judged state: what is reported, unless more than that is already decided."""
         reported = self.status.state if self.status else ReplicaState.STARTING
-        if reported in (ReplicaState.FAILED, ReplicaState.STOPPING) or self.intent is Intent.RUN:
+        if reported in (ReplicaState.FAILED, ReplicaState.STOPPING):
             return reported
-        return ReplicaState.DRAINING if self.intent is Intent.DRAIN else ReplicaState.STOPPING
+        if self.intent is Intent.STOP:
+            return ReplicaState.STOPPING
+        return ReplicaState.DRAINING if self.leaving or self.intent is Intent.DRAIN else reported
+
+    @property
+    def serves(self) -> bool:
+        """True if it can go on with requests that it has, or resume such that are moved to it."""
+        return self.status is not None and self.status.state in (ReplicaState.READY, ReplicaState.DRAINING)
 
     @property
     def ready(self) -> bool:
         """True if new requests may be sent to it."""
-        return self.intent is Intent.RUN and self.status is not None and self.status.state is ReplicaState.READY
+        wanted = self.intent is Intent.RUN and not self.leaving
+        return wanted and self.status is not None and self.status.state is ReplicaState.READY
 
     @property
     def starting(self) -> bool:
@@ -92,7 +102,7 @@ class NodeView:
     state: NodeState
     seen_at: float
     last_seen: float
-    cordoned: bool = False
+    cordon: Cordon = OPEN
 
     def tier_of(self, digest: str) -> Tier | None:
         """The fastest tier that holds the checkpoint, or None if there is no copy at rest (SSD) to start from."""
@@ -177,7 +187,8 @@ class Held:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
-    `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down."""
+    `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
+    of a migration that somebody asked for: they are not let go because they are more than is needed."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -187,6 +198,7 @@ class Snapshot:
     held: Mapping[DeploymentName, Held]
     settled: bool = True
     loads_fresh: bool = True
+    pinned: frozenset[ReplicaId] = frozenset()
 
     def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
         """Replicas of each deployment, the oldest first."""

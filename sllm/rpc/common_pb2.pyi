@@ -408,16 +408,18 @@ class NodeReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[LoadReport, _Mapping]]] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("report", "state", "last_seen", "cordoned")
+    __slots__ = ("report", "state", "last_seen", "cordoned", "cordoned_devices")
     REPORT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
     CORDONED_FIELD_NUMBER: _ClassVar[int]
+    CORDONED_DEVICES_FIELD_NUMBER: _ClassVar[int]
     report: NodeReport
     state: NodeState
     last_seen: float
     cordoned: bool
-    def __init__(self, report: _Optional[_Union[NodeReport, _Mapping]] = ..., state: _Optional[_Union[NodeState, str]] = ..., last_seen: _Optional[float] = ..., cordoned: bool = ...) -> None: ...
+    cordoned_devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, report: _Optional[_Union[NodeReport, _Mapping]] = ..., state: _Optional[_Union[NodeState, str]] = ..., last_seen: _Optional[float] = ..., cordoned: bool = ..., cordoned_devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RequestRow(_message.Message):
     __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node", "max_tokens", "interval_s", "moves")

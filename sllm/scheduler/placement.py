@@ -91,7 +91,8 @@ class Room:
     def free(self, view: NodeView) -> list[Device]:
         node = view.report.name
         taken = self._taken.get(node, frozenset())
-        return [d for d in view.report.devices if d.id not in taken and self._is_free(node, d)]
+        closed = taken | view.cordon.devices
+        return [d for d in view.report.devices if d.id not in closed and self._is_free(node, d)]
 
     def count(self, node: NodeName) -> int:
         return self._counts.get(node, 0)
@@ -102,11 +103,14 @@ class Room:
         )
 
 
-def place(room: Room, view: DeploymentView) -> Placement | Waiting:
-    """Say where a replica of the deployment would be started, within the room left by what is planned already."""
+def place(room: Room, view: DeploymentView, *, only: NodeName | None = None) -> Placement | Waiting:
+    """Say where a replica of the deployment would be started, within the room left by what is planned already.
+
+    `only`: the one node that is asked about.
+    """
     revision = view.current
     avoided = view.failures.nodes if view.failures else frozenset[NodeName]()
-    holders = room.holders(revision.deployment.digest)
+    holders = [node for node in room.holders(revision.deployment.digest) if only in (None, node.report.name)]
     refused = {node.report.name: why for node in holders if (why := _refusal(room, node, view))}
     fit = [node for node in holders if node.report.name not in refused]
     if not fit:

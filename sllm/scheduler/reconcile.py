@@ -68,6 +68,8 @@ class _Planner:
                     self._stop(replica, "it failed")
                 elif replica.spec.deployment not in self._snapshot.deployments:
                     self._end(replica, "its deployment is gone")
+                elif replica.leaving:
+                    self._leave(replica)
 
     def deployment(self, view: DeploymentView) -> None:
         replicas = self._replicas.get(view.name, [])
@@ -182,7 +184,8 @@ class _Planner:
                 continue
             live = [r for r in self._replicas.get(other.name, []) if r.live and r.spec.id not in self._ended]
             needed = max(other.needed, other.current.deployment.spec.min_replicas)
-            idle = [r for r in live if r.ready and not self._snapshot.loads.get(r.spec.id)]
+            spared = self._snapshot.pinned
+            idle = [r for r in live if r.ready and not self._snapshot.loads.get(r.spec.id) and r.spec.id not in spared]
             unneeded_since = max(other.needed_at[needed:], default=0.0)
             spare = _idlest_first(self._snapshot, idle)[: max(0, len(live) - needed)]
             found.extend((unneeded_since, replica.spec.id, replica) for replica in spare)
@@ -214,8 +217,17 @@ class _Planner:
     def _retire_surplus(self, current: Sequence[ReplicaView], wanted: Scale) -> None:
         """Only ready replicas go, and not for the sake of ones that are still starting."""
         ready = _idlest_first(self._snapshot, [r for r in current if r.ready])
-        for replica in ready[: max(0, len(ready) - wanted.kept)]:
+        free = [r for r in ready if r.spec.id not in self._snapshot.pinned]
+        for replica in free[: max(0, len(ready) - wanted.kept)]:
             self._end(replica, "not needed any more")
+
+    def _leave(self, replica: ReplicaView) -> None:
+        """Its node drains: it ends once nothing runs on it, however long that takes."""
+        status = replica.status
+        if status is None or not replica.serves:
+            self._stop(replica, "its node drains")
+        elif not (status.running or status.waiting or self._snapshot.loads.get(replica.spec.id)):
+            self._actions.append(DrainReplica(replica=replica.spec.id, why="nothing runs on it, and its node drains"))
 
     def _end(self, replica: ReplicaView, why: str) -> None:
         if replica.spec.id in self._ended:

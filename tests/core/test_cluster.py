@@ -6,7 +6,7 @@ import pytest
 
 from sllm.core.cluster import ClusterState
 from sllm.core.deployment import Deployment, DeploymentSpec
-from sllm.core.node import NodeReport, NodeState
+from sllm.core.node import Cordon, NodeReport, NodeState
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Intent, Policy, ReplicaView, Revision
 
@@ -161,7 +161,8 @@ def test_a_heartbeat_clears_the_suspicion(state):
 
 
 def test_a_cordoned_node_stays_so(state):
-    state.observe(report(), now=1.0, wall=1.0, cordoned=True)
+    state.close("a", Cordon(node=True))
+    state.observe(report(), now=1.0, wall=1.0)
     state.heard("a", now=2.0, wall=2.0)
     assert state.nodes["a"].state is NodeState.CORDONED
 
@@ -179,3 +180,25 @@ def test_judged_state_of_a_replica(state):
     assert replace(view, intent=Intent.DRAIN).state is DRAINING
     assert replace(view, intent=Intent.STOP).state is ReplicaState.STOPPING
     assert replace(view, intent=Intent.STOP, status=status(FAILED)).state is FAILED
+
+
+def test_replicas_of_a_node_that_drains_are_leaving_and_come_back_when_it_is_opened(state):
+    state.put(replace(planned(), status=status()))
+    assert state.of("app")[0].ready
+    state.close("a", Cordon(node=True, draining=True))
+    state.observe(report(status(), status(spec=spec("y"))), now=1.0, wall=1.0)
+    for replica in state.of("app"):
+        assert (replica.leaving, replica.ready, replica.live, replica.serves) == (True, False, False, True)
+        assert (replica.state, replica.intent) == (DRAINING, Intent.RUN)
+    assert state.nodes["a"].state is NodeState.DRAINING
+    state.close("a", Cordon())
+    assert state.nodes["a"].state is NodeState.READY
+    assert all(replica.ready for replica in state.of("app"))
+
+
+def test_closing_a_silent_node_does_not_make_it_well(state):
+    state.judge(6.0)
+    state.close("a", Cordon(node=True))
+    assert state.nodes["a"].state is NodeState.SUSPECT
+    state.heard("a", now=7.0, wall=7.0)
+    assert state.nodes["a"].state is NodeState.CORDONED

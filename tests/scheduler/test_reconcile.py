@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sllm.core.device import DeviceState
-from sllm.core.node import NodeState
+from sllm.core.node import Cordon, NodeState
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, Failures, Held, Intent
 from sllm.scheduler.plan import DrainReplica, RemoveDeployment, StartReplica, StopReplica
@@ -256,3 +256,69 @@ def test_no_more_than_needed_makes_room(make):
     wide = make.deployment("app", needed=1, devices=2)
     plan = reconcile(replace(snapshot, deployments={**snapshot.deployments, "app": wide}), 10.0)
     assert brief(plan) == [("drain", "rep-a"), ("drain", "rep-b")]
+
+
+# -- nodes that drain
+
+
+def leaving(make, name="x", **fields):
+    return replace(make.replica(name, on="a", **fields), leaving=True)
+
+
+def draining(make, replica, *nodes, loads=None, **spec):
+    node = make.node("a", devices=[make.device("d0", LEASED)], state=NodeState.DRAINING)
+    deployments = [make.deployment(**spec)]
+    return make.snapshot(nodes=[node, *nodes], replicas=[replica], deployments=deployments, loads=loads)
+
+
+def test_an_idle_replica_on_a_node_that_drains_is_ended(make):
+    assert brief(reconcile(draining(make, leaving(make)), 0.0)) == [("drain", "rep-x")]
+
+
+@pytest.mark.parametrize("state", [STARTING, None])
+def test_one_that_is_starting_there_is_stopped(make, state):
+    assert brief(reconcile(draining(make, leaving(make, state=state)), 0.0)) == [("stop", "rep-x")]
+
+
+def test_a_busy_one_is_left_alone_and_replaced_elsewhere(make):
+    snapshot = draining(make, leaving(make), make.node("b"), loads={"rep-x": 1}, needed=1)
+    assert brief(reconcile(snapshot, 0.0)) == [("start", "b")]
+
+
+@pytest.mark.parametrize("busy", [{"running": 1}, {"waiting": 1}])
+def test_what_its_engine_says_counts_though_no_gateway_reports_it(make, busy):
+    replica = leaving(make)
+    replica = replace(replica, status=replace(replica.status, **busy))
+    assert reconcile(draining(make, replica), 0.0).actions == ()
+
+
+def test_the_minimum_is_kept_elsewhere(make):
+    plan = reconcile(draining(make, leaving(make), make.node("b"), min_replicas=1), 0.0)
+    assert sorted(brief(plan)) == [("drain", "rep-x"), ("start", "b")]
+
+
+def test_a_cordoned_device_is_not_placed_on(make):
+    node = make.node("a", devices=["d0", "d1"])
+    node = replace(node, cordon=Cordon(devices=frozenset({"d0"})))
+    plan = reconcile(make.snapshot(nodes=[node], deployments=[make.deployment(min_replicas=2, max_replicas=2)]), 0.0)
+    assert [a.devices for a in plan.actions] == [("d1",)]
+
+
+# -- ends of a migration
+
+
+def test_an_end_of_a_migration_is_not_surplus(make):
+    nodes = [leased(make, "a"), leased(make, "b")]
+    replicas = [make.replica("x", on="a"), make.replica("y", on="b", generation=2)]
+    snapshot = make.snapshot(nodes=nodes, replicas=replicas, deployments=[make.deployment(needed=1)])
+    assert brief(reconcile(snapshot, 0.0)) == [("drain", "rep-y")]
+    assert brief(reconcile(replace(snapshot, pinned=frozenset({"rep-y"})), 0.0)) == [("drain", "rep-x")]
+    assert reconcile(replace(snapshot, pinned=frozenset({"rep-x", "rep-y"})), 0.0).actions == ()
+
+
+def test_an_end_of_a_migration_makes_no_room_for_others(make):
+    replicas = [make.replica("x", on="a")]
+    views = [make.deployment("app", needed_at=(0.0,)), make.deployment("bee", needed=1)]
+    snapshot = make.snapshot(nodes=[leased(make)], replicas=replicas, deployments=views, held={"bee": 1})
+    assert brief(reconcile(snapshot, 1.0)) == [("drain", "rep-x")]
+    assert reconcile(replace(snapshot, pinned=frozenset({"rep-x"})), 1.0).actions == ()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.device import DeviceState
-from sllm.core.node import NodeState
+from sllm.core.node import Cordon, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.residency import Tier
@@ -37,12 +37,15 @@ def snapshots(draw, make):
         states = [draw(st.sampled_from([DeviceState.FREE, DeviceState.FREE, DeviceState.LEASED])) for _ in free[name]]
         devices = [make.device(d, s) for d, s in zip(free[name], states, strict=True)]
         holds = draw(st.sampled_from([(), (("m", Tier.SSD),), (("m", Tier.DRAM),)]))
-        state = draw(st.sampled_from([NodeState.READY, NodeState.READY, NodeState.SUSPECT]))
-        nodes.append(make.node(name, devices=devices, holds=holds, state=state))
+        state = draw(st.sampled_from([NodeState.READY, NodeState.READY, NodeState.SUSPECT, NodeState.DRAINING]))
+        closed = frozenset(d for d in free[name] if draw(st.integers(0, 9)) == 0)
+        node = make.node(name, devices=devices, holds=holds, state=state)
+        nodes.append(replace(node, cordon=Cordon(draining=state is NodeState.DRAINING, devices=closed)))
     replicas = []
     for name in NODES:
         while free[name] and draw(st.booleans()):
-            replicas.append(draw_replica(draw, make, name, free[name].pop(), len(replicas)))
+            replica = draw_replica(draw, make, name, free[name].pop(), len(replicas))
+            replicas.append(replace(replica, leaving=nodes[NODES.index(name)].cordon.draining))
     apps = [draw_deployment(draw, make, name) for name in APPS]
     loads = {r.spec.id: draw(st.integers(0, 10)) for r in replicas if r.ready}
     held = {name: count for name in APPS if (count := draw(st.integers(0, 20)))}
@@ -54,6 +57,7 @@ def snapshots(draw, make):
         held=held,
         settled=draw(st.booleans()),
         loads_fresh=draw(st.booleans()),
+        pinned=frozenset(r.spec.id for r in replicas if draw(st.integers(0, 4)) == 0),
     )
 
 
@@ -143,6 +147,7 @@ def check_leases(snapshot, plan):
             assert len(action.devices) == snapshot.deployments[action.deployment].current.deployment.spec.devices
             for device in action.devices:
                 assert (action.node, device) not in held
+                assert device not in node.cordon.devices
                 assert {d.id: d.state for d in node.report.devices}[device] is DeviceState.FREE
                 held.add((action.node, device))
 
