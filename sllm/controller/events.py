@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sllm.controller.tickets import Ticket
-from sllm.core.ids import NodeName, OperationId, ReplicaId
+from sllm.core.ids import MigrationId, NodeName, OperationId, ReplicaId
+from sllm.core.migration import MigrationReport
 from sllm.core.node import NodeReport
 from sllm.core.snapshot import Intent
 from sllm.errors import SllmError
@@ -72,6 +73,21 @@ class CopyEnded:
 
     operation: OperationId
     done_on: tuple[tuple[NodeName, str], ...] = ()
+    error: SllmError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationReported:
+    """A source says how far one request has come."""
+
+    report: MigrationReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationEnded:
+    """An order is over: no more will be reported. `error`: it was not carried out, or not to its end."""
+
+    migration: MigrationId
     error: SllmError | None = None
 
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from contextlib import aclosing
+from typing import Any, cast
 
-from sllm.controller.events import CommandEnded
-from sllm.core.ids import ReplicaId
+from sllm.controller.events import CommandEnded, MigrationEnded, MigrationReported
+from sllm.core.ids import MigrationId, ReplicaId
+from sllm.core.migration import MigrationOrder
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Intent
-from sllm.errors import SllmError, Unavailable
-from sllm.rpc.agents import AgentClient, StartReplicaCommand, StopReplicaCommand
+from sllm.errors import DeadlineExceeded, SllmError, Unavailable
+from sllm.rpc.agents import AgentClient, MigrateCommand, StartReplicaCommand, StopReplicaCommand
 from sllm.rpc.transport import Tls
 
 log = logging.getLogger(__name__)
+
+MIGRATION_GRACE_S = 15.0
 
 
 class Executor:
@@ -29,6 +33,7 @@ class Executor:
         self.post = post
         self._clients: dict[str, AgentClient] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._migrations: dict[MigrationId, asyncio.Task[None]] = {}
 
     def client(self, address: str) -> AgentClient:
         """The client for an agent; it stays open."""
@@ -45,11 +50,21 @@ class Executor:
         command = StopReplicaCommand(epoch=self.epoch, replica=spec.id, generation=spec.generation, drain_s=drain_s)
         self.spawn(self._command(spec.id, intent, self.client(address).stop_replica(command)))
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def migrate(self, address: str, order: MigrationOrder) -> None:
+        """Have requests moved, and tell of each as it goes."""
+        self._migrations[order.id] = self.spawn(self._migrate(self.client(address), order))
+
+    def cancel(self, migration: MigrationId) -> None:
+        """End an order: what has not been handed over stays where it is. Nothing more is told of it."""
+        if task := self._migrations.pop(migration, None):
+            task.cancel()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run work that posts its own outcome; it ends with the executor."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def forget(self, address: str) -> None:
         """Close the client of an agent that is not there any more."""
@@ -67,6 +82,24 @@ class Executor:
     async def _command(self, replica: ReplicaId, intent: Intent, call: Awaitable[object]) -> None:
         error = await outcome(call)
         self.post(CommandEnded(replica=replica, intent=intent, error=error))
+
+    async def _migrate(self, client: AgentClient, order: MigrationOrder) -> None:
+        error = await outcome(self._relay(client, order))
+        self._migrations.pop(order.id, None)
+        self.post(MigrationEnded(migration=order.id, error=error))
+
+    async def _relay(self, client: AgentClient, order: MigrationOrder) -> None:
+        command = MigrateCommand(epoch=self.epoch, order=order)
+        try:
+            # The source keeps to `within_s` itself; this is for one that says nothing any more.
+            async with (
+                asyncio.timeout(order.within_s + MIGRATION_GRACE_S),
+                aclosing(cast(Any, client.migrate(command))) as reports,
+            ):
+                async for report in reports:
+                    self.post(MigrationReported(report=report))
+        except TimeoutError:
+            raise DeadlineExceeded(f"the source of {order.id} did not end it in time") from None
 
 
 async def outcome(call: Awaitable[object]) -> SllmError | None:

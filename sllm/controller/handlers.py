@@ -10,22 +10,38 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from sllm.controller import changes, checkpoints, jobs, progress, records, reports
-from sllm.controller.events import Asked, CommandEnded, CopyEnded, CopyProgressed, Left, Registered, Watched, Woken
+from sllm.controller import changes, checkpoints, jobs, moves, moving, progress, records, reports
+from sllm.controller.events import (
+    Asked,
+    CommandEnded,
+    CopyEnded,
+    CopyProgressed,
+    Left,
+    MigrationEnded,
+    MigrationReported,
+    Registered,
+    Watched,
+    Woken,
+)
 from sllm.controller.jobs import Job
 from sllm.controller.router import Waiter
 from sllm.controller.routes import targets
 from sllm.controller.store.base import Op
 from sllm.controller.world import World
 from sllm.core.ids import DeploymentName, OperationId, make_id
+from sllm.core.node import OPEN
 from sllm.core.operation import Operation, OperationState
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.snapshot import Command, DeploymentView, Intent
-from sllm.errors import NotFound
+from sllm.errors import Cancelled, NotFound
 from sllm.rpc.control import (
     AddCheckpointRequest,
+    CordonRequest,
     DeleteRequest,
     DeployRequest,
+    DrainRequest,
+    Empty,
+    MigrateRequest,
     RemoveCheckpointRequest,
     ScaleRequest,
     VerifyCheckpointRequest,
@@ -52,6 +68,11 @@ class Handlers:
             AddCheckpointRequest: self._add_checkpoint,
             RemoveCheckpointRequest: self._remove_checkpoint,
             VerifyCheckpointRequest: self._verify_checkpoint,
+            MigrateRequest: self._migrate,
+            DrainRequest: self._drain,
+            CordonRequest: self._cordon,
+            MigrationReported: self._migration_reported,
+            MigrationEnded: self._migration_ended,
             CopyProgressed: self._copy_progressed,
             CopyEnded: self._copy_ended,
             Woken: self._woken,
@@ -104,8 +125,9 @@ class Handlers:
             world.loads.released(event.ticket)
 
     async def _load(self, event: ReportLoadRequest) -> None:
-        now = self._world.clock.monotonic()
-        self._world.loads.report(event.gateway, event.incarnation, event.requests, now)
+        world, now = self._world, self._world.clock.monotonic()
+        for row in world.loads.report(event.gateway, event.incarnation, event.requests, now):
+            world.forecast.finished(row)
         self._world.touched.update(DeploymentName(name) for name, count in event.finished.items() if count)
 
     async def _watched(self, event: Watched) -> None:
@@ -182,6 +204,51 @@ class Handlers:
         snapshot = self._world.snapshot(self._world.clock.monotonic())
         nodes = checkpoints.nodes_to_verify(snapshot, event)
         return await self._copy(self._job(event.request_id, jobs.VERIFY, event.name, nodes=nodes, deep=event.deep))
+
+    async def _migrate(self, event: MigrateRequest) -> Operation:
+        if asked := self._asked_before(event.request_id):
+            return asked
+        world, now, rows = self._world, self._world.clock.monotonic(), self._world.rows()
+        snapshot = world.snapshot(now)
+        requests = moves.requests_to_move(snapshot, rows, event)
+        moves.checked(snapshot, moving.traffic(world, snapshot, rows, now), requests, event.node)
+        target = event.request or event.replica or ""
+        deadline_at = world.clock.wall() + moving.MIGRATE_S
+        fields = {"nodes": (event.node,), "requests": requests, "replica": event.replica, "deadline_at": deadline_at}
+        job = moves.joined(world.jobs.moving(), self._job(event.request_id, jobs.MIGRATE, target, **fields))
+        await self._commit([], job)
+        return job.operation
+
+    async def _drain(self, event: DrainRequest) -> Operation:
+        if asked := self._asked_before(event.request_id):
+            return asked
+        world, node = self._world, event.node
+        moves.check_drain(world.snapshot(world.clock.monotonic()), event)
+        deadline_at = world.clock.wall() + event.deadline_s
+        job = self._job(event.request_id, jobs.DRAIN, node, nodes=(node,), deadline_at=deadline_at)
+        job = moves.joined(world.jobs.moving(), job)
+        cordon = replace(world.cluster.cordons.get(node, OPEN), node=True, draining=True)
+        await self._commit([records.put_node(node, cordon)], job)
+        world.cluster.close(node, cordon)
+        return job.operation
+
+    async def _cordon(self, event: CordonRequest) -> Empty:
+        world, node = self._world, event.node
+        before = world.cluster.cordons.get(node, OPEN)
+        cordon = moves.cordoned(world.snapshot(world.clock.monotonic()), before, event)
+        await world.commit([records.put_node(node, cordon)])
+        drain = world.jobs.drain_of(node)
+        if drain is not None and before.draining and not cordon.draining:
+            error = Cancelled(f"node {node!r} was uncordoned", hint="what was moved stays where it went")
+            await moving.end(world, progress.failed(drain, error, world.clock.wall()))
+        world.cluster.close(node, cordon)
+        return Empty()
+
+    async def _migration_reported(self, event: MigrationReported) -> None:
+        moving.reported(self._world, event)
+
+    async def _migration_ended(self, event: MigrationEnded) -> None:
+        moving.ended(self._world, event)
 
     async def _copy(self, job: Job) -> Operation:
         """Begin to work on a checkpoint's copies, or join who does the same already. One job at a time has the name."""

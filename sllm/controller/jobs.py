@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sllm.controller.latest import Latest
-from sllm.core.ids import NodeName, OperationId
+from sllm.core.ids import NodeName, OperationId, ReplicaId, RequestId
 from sllm.core.operation import Operation, OperationState
 from sllm.errors import NotFound
 
@@ -18,6 +18,9 @@ ADD: Final = "checkpoint.add"
 REMOVE: Final = "checkpoint.remove"
 VERIFY: Final = "checkpoint.verify"
 ON_CHECKPOINTS: Final = (ADD, REMOVE, VERIFY)
+MIGRATE: Final = "migrate"
+DRAIN: Final = "drain"
+MOVING: Final = (MIGRATE, DRAIN)
 
 KEPT_ENDED = 500
 
@@ -28,6 +31,9 @@ class Job:
 
     `nodes` empty: any one that can (add). `deep` is how thoroughly a copy is verified. `done_on` is None while agents
     still work; then it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
+
+    A migration moves `requests` to the only one of `nodes`; `replica` is set if it was all of one. A drain empties that
+    node. Both end at `deadline_at` (wall clock) at the latest.
     """
 
     operation: Operation
@@ -38,6 +44,9 @@ class Job:
     deep: bool = False
     started: bool = False
     done_on: tuple[tuple[NodeName, str], ...] | None = None
+    replica: ReplicaId | None = None
+    requests: tuple[RequestId, ...] = ()
+    deadline_at: float = 0.0
 
     @property
     def id(self) -> OperationId:
@@ -80,6 +89,15 @@ class Jobs:
         """The job that works on the copies of this checkpoint now, if any."""
         found = (job for job in self.running() if job.operation.kind in ON_CHECKPOINTS)
         return next((job for job in found if job.operation.target == checkpoint), None)
+
+    def moving(self) -> list[Job]:
+        """Migrations and drains under way, the oldest first: who asked first moves first."""
+        found = [job for job in self.running() if job.operation.kind in MOVING]
+        return sorted(found, key=lambda job: (job.operation.created_at, job.id))
+
+    def drain_of(self, node: NodeName) -> Job | None:
+        """The drain of a node under way, if any."""
+        return next((j for j in self.running() if j.operation.kind == DRAIN and j.nodes == (node,)), None)
 
     def excess(self) -> list[Job]:
         """Ended jobs beyond those that are kept, the oldest first."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sllm.core.ids import ReplicaId
+from sllm.core.ids import ReplicaId, RequestId
 from sllm.core.request import RequestRow, RequestState
 
 OVERDUE_S = 5.0  # gateways report every second
@@ -31,16 +31,32 @@ class _Granted:
     reports: Counter[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moved:
+    target: ReplicaId
+    # Of the request's gateway, since it was handed over.
+    reports: int
+
+
 class Loads:
     def __init__(self) -> None:
+        self._moved: dict[RequestId, _Moved] = {}
         # By name and incarnation: two processes may have been given one name.
         self._gateways: dict[tuple[str, str], _Gateway] = {}
         self._granted: dict[int, _Granted] = {}
         # Open route watches, by name; 0 once all have been closed.
         self._watches: dict[str, int] = {}
 
-    def report(self, gateway: str, incarnation: str, rows: tuple[RequestRow, ...], now: float) -> None:
-        """Take a gateway's whole report; what is not in it is over."""
+    def report(
+        self, gateway: str, incarnation: str, rows: tuple[RequestRow, ...], now: float
+    ) -> tuple[RequestRow, ...]:
+        """Take a gateway's whole report; what is not in it is over: return these as they were last heard of."""
+        before = self._gateways.get((gateway, incarnation))
+        named = {row.id for row in rows}
+        over = tuple(row for row in before.rows if row.id not in named) if before else ()
+        rows = tuple(self._placed(row) for row in rows)
+        for row in over:
+            self._moved.pop(row.id, None)
         running = [row for row in rows if row.state is RequestState.RUNNING]
         counted = Counter(row.replica for row in running if row.replica)
         self._gateways[gateway, incarnation] = _Gateway(rows=rows, running=counted, seen_at=now)
@@ -48,6 +64,19 @@ class Loads:
         for ticket, granted in list(self._granted.items()):
             if granted.gateway == gateway:
                 self._age(ticket, granted, incarnation, seen=granted.row.id in confirmed)
+        return over
+
+    def moved(self, request: RequestId, target: ReplicaId) -> None:
+        """Count a request at the replica that it was just handed over to, until its gateway reports it there."""
+        for key, gateway in self._gateways.items():
+            if any(row.id == request for row in gateway.rows):
+                rows = tuple(replace(row, replica=target) if row.id == request else row for row in gateway.rows)
+                running = Counter(r.replica for r in rows if r.state is RequestState.RUNNING and r.replica)
+                self._gateways[key] = replace(gateway, rows=rows, running=running)
+                self._moved[request] = _Moved(target=target, reports=0)
+        for ticket, granted in self._granted.items():
+            if granted.row.id == request:
+                self._granted[ticket] = replace(granted, row=replace(granted.row, replica=target))
 
     def granted(self, ticket: int, *, gateway: str, row: RequestRow, now: float) -> None:
         """Count a request that was just sent to a replica, until its gateway reports it."""
@@ -70,6 +99,9 @@ class Loads:
                     del self._gateways[key]
         names = {name for name, _ in self._gateways}
         self._granted = {t: g for t, g in self._granted.items() if g.gateway in names or now < g.at + FORGOTTEN_S}
+        if self._moved:
+            open_now = {row.id for gateway in self._gateways.values() for row in gateway.rows}
+            self._moved = {request: moved for request, moved in self._moved.items() if request in open_now}
 
     def watched(self, gateway: str, *, begins: bool) -> None:
         """A gateway has opened a watch of the routes, or closed it."""
@@ -94,6 +126,19 @@ class Loads:
             yield from gateway.rows
         for granted in self._granted.values():
             yield granted.row
+
+    def _placed(self, row: RequestRow) -> RequestRow:
+        """A row as it is told, unless that was written before a handover that we know of."""
+        moved = self._moved.get(row.id)
+        if moved is None:
+            return row
+        moved = replace(moved, reports=moved.reports + 1)
+        knows = row.replica == moved.target or row.state is not RequestState.RUNNING
+        if knows or moved.reports >= _REPORTS_TO_CONFIRM:
+            del self._moved[row.id]
+            return row
+        self._moved[row.id] = moved
+        return replace(row, replica=moved.target)
 
     def _age(self, ticket: int, granted: _Granted, incarnation: str, *, seen: bool) -> None:
         granted.reports[incarnation] += 1

@@ -6,11 +6,12 @@ import logging
 import os
 from dataclasses import replace
 
-from sllm.controller import copying, progress, records
+from sllm.controller import copying, moving, progress, records
 from sllm.controller.handlers import grant_held
 from sllm.controller.routes import routes
 from sllm.controller.world import World
 from sllm.core.ids import ReplicaId, make_id
+from sllm.core.node import OPEN
 from sllm.core.replica import ReplicaSpec
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
@@ -36,6 +37,7 @@ async def advance(world: World) -> float | None:
     world.reasons = dict(plan.reasons)
     await _carry_out(world, plan)
     await _drop_earlier_revisions(world)
+    await _move(world, now)
     snapshot = world.snapshot(now)
     _publish(world, snapshot)
     await _judge_jobs(world, snapshot)
@@ -48,7 +50,7 @@ async def _judge_nodes(world: World, now: float) -> None:
     for name in world.cluster.judge(now):
         log.warning("node %s has been silent for %.0f s and is dead", name, world.policy.dead_s)
         await world.executor.forget(world.cluster.nodes[name].report.address)
-        if name not in world.cordoned:
+        if world.cluster.cordons.get(name, OPEN) == OPEN:
             await world.commit([records.delete_node(name)])
 
 
@@ -149,7 +151,20 @@ def _end(world: World, replica: ReplicaId, intent: Intent, drain_s: float, why: 
 async def _remove(world: World, action: RemoveDeployment) -> None:
     await world.commit([records.delete_deployment(action.deployment)])
     del world.cluster.deployments[action.deployment]
+    world.forecast.forget(action.deployment)
     log.info("deployment %s is gone", action.deployment)
+
+
+async def _move(world: World, now: float) -> None:
+    """Go on with what is to be moved."""
+    if not world.jobs.moving() or not world.settled(now):
+        return
+    jobs, decisions, scene = moving.decided(world, world.snapshot(now), now)
+    if starts := moving.starts(world, decisions):
+        await _carry_out(world, Plan(actions=tuple(starts)))
+        jobs, decisions, scene = moving.decided(world, world.snapshot(now), now)
+    for job, decision in zip(jobs, decisions, strict=True):
+        await moving.judge(world, job, decision, scene)
 
 
 async def _drop_earlier_revisions(world: World) -> None:
@@ -198,4 +213,8 @@ def _wake_at(world: World, plan: Plan, now: float) -> float | None:
     times = [plan.wake_at, world.cluster.next_judgement_at(now), world.router.next_deadline()]
     if not world.settled(now):
         times.append(world.settle_at)
+    if moving_jobs := world.jobs.moving():
+        wall = world.clock.wall()
+        times += [now + job.deadline_at - wall for job in moving_jobs]
+        times += [t for t in (world.complete_at, world.flights.next_rest_over()) if t is None or t > now]
     return min((time for time in times if time is not None), default=None)

@@ -9,7 +9,8 @@ from typing import Any
 from sllm.controller.jobs import Job
 from sllm.controller.store.base import Delete, Put
 from sllm.core.deployment import Deployment, DeploymentSpec
-from sllm.core.ids import DeploymentName, NodeName
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId, RequestId
+from sllm.core.node import Cordon
 from sllm.core.operation import Operation, OperationState
 from sllm.core.snapshot import DeploymentView, Revision
 
@@ -52,6 +53,9 @@ def put_job(job: Job) -> Put:
         "source": job.source,
         "nodes": job.nodes,
         "deep": job.deep,
+        "replica": job.replica,
+        "requests": job.requests,
+        "deadline_at": job.deadline_at,
     }
     return Put(key=OPERATIONS + job.id, value=_packed(fields))
 
@@ -71,20 +75,31 @@ def read_job(value: bytes) -> Job:
         source=fields["source"],
         nodes=tuple(fields["nodes"]),
         deep=bool(fields.get("deep", False)),
+        replica=_replica(fields.get("replica")),
+        requests=tuple(map(RequestId, fields.get("requests", ()))),
+        deadline_at=float(fields.get("deadline_at", 0.0)),
     )
 
 
-def put_node(name: NodeName, *, cordoned: bool) -> Put:
-    """Store that a node belongs to the cluster: after a restart it is waited for."""
-    return Put(key=NODES + name, value=_packed({"cordoned": cordoned}))
+def _replica(value: str | None) -> ReplicaId | None:
+    return None if value is None else ReplicaId(value)
+
+
+def put_node(name: NodeName, cordon: Cordon) -> Put:
+    """Store that a node belongs to the cluster (after a restart it is waited for), and what of it takes nothing new.
+
+    That it drains is not said here: there is a job that says so.
+    """
+    return Put(key=NODES + name, value=_packed({"cordoned": cordon.node, "devices": sorted(cordon.devices)}))
 
 
 def delete_node(name: NodeName) -> Delete:
     return Delete(key=NODES + name)
 
 
-def read_cordoned(value: bytes) -> bool:
-    return bool(json.loads(value)["cordoned"])
+def read_cordon(value: bytes) -> Cordon:
+    fields = json.loads(value)
+    return Cordon(node=bool(fields["cordoned"]), devices=frozenset(map(DeviceId, fields.get("devices", ()))))
 
 
 def _revision(fields: dict[str, Any]) -> Revision:

@@ -10,7 +10,7 @@ from sllm.controller.events import CommandEnded, Contested, Registered
 from sllm.controller.world import World
 from sllm.core.cluster import Changes
 from sllm.core.ids import DeploymentName
-from sllm.core.node import NodeReport, NodeState
+from sllm.core.node import OPEN, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.snapshot import Command, DeploymentView, Intent, NodeView, ReplicaView
 from sllm.errors import Conflict, DeadlineExceeded, SllmError, StaleGeneration, Unavailable
@@ -115,16 +115,16 @@ def _is_silent(world: World, view: NodeView) -> bool:
 
 async def _take(world: World, report: NodeReport) -> None:
     before = world.cluster.nodes.get(report.name)
-    cordoned = report.name in world.cordoned
     if before is None or before.state is NodeState.DEAD:
-        await world.commit([records.put_node(report.name, cordoned=cordoned)])
+        cordon = world.cluster.cordons.get(report.name, OPEN)
+        await world.commit([records.put_node(report.name, cordon)])
         log.info("node %s joined from %s", report.name, report.address)
     elif before.report.address != report.address:
         await world.executor.forget(before.report.address)
     now = world.clock.monotonic()
     world.changed = True
     world.awaited.discard(report.name)
-    apply(world, world.cluster.observe(report, now=now, wall=world.clock.wall(), cordoned=cordoned), now)
+    apply(world, world.cluster.observe(report, now=now, wall=world.clock.wall()), now)
 
 
 def _failed(world: World, replica: ReplicaView, now: float) -> None:

@@ -23,7 +23,7 @@ def routes(snapshot: Snapshot) -> tuple[Route, ...]:
 
 def targets(replicas: Sequence[ReplicaView]) -> list[RouteTarget]:
     """The replicas that take requests, of whatever revision."""
-    return [_target(replica) for replica in replicas if replica.ready]
+    return [target_of(replica) for replica in replicas if replica.ready]
 
 
 def _route(view: DeploymentView, replicas: Sequence[ReplicaView], sources: Mapping[str, list[str]]) -> Route:
@@ -43,7 +43,7 @@ def _serving(view: DeploymentView, replicas: Sequence[ReplicaView]) -> Revision:
     return next((revision for revision in view.revisions() if revision.number in ready), view.current)
 
 
-def _target(replica: ReplicaView) -> RouteTarget:
+def target_of(replica: ReplicaView) -> RouteTarget:
     assert replica.status is not None  # it is ready
     spec = replica.spec
     return RouteTarget(

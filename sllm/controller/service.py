@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
 from typing import cast
 
-from sllm.controller import status
+from sllm.controller import moves, moving, status
 from sllm.controller.inbox import Inbox
 from sllm.controller.world import World
 from sllm.core.ids import NodeName, ReplicaId
+from sllm.core.migration import MigrationPlan
 from sllm.core.operation import Operation
 from sllm.core.snapshot import Snapshot
 from sllm.errors import NotFound
@@ -18,10 +18,13 @@ from sllm.rpc.control import (
     AddCheckpointRequest,
     CheckpointList,
     ClusterStatus,
+    CordonRequest,
     DeleteRequest,
     DeployRequest,
+    DrainRequest,
     Empty,
     LogChunk,
+    MigrateRequest,
     ReadLogsRequest,
     RemoveCheckpointRequest,
     RequestList,
@@ -29,6 +32,7 @@ from sllm.rpc.control import (
     VerifyCheckpointRequest,
     WatchOperationRequest,
 )
+from sllm.scheduler.migrations import Traffic
 
 
 class ControllerControl:
@@ -56,19 +60,34 @@ class ControllerControl:
     async def scale(self, request: ScaleRequest) -> Operation:
         return await self._operation(request)
 
+    async def migrate(self, request: MigrateRequest) -> Operation:
+        return await self._operation(request)
+
+    async def plan_migration(self, request: MigrateRequest) -> MigrationPlan:
+        snapshot, rows = self._snapshot(), self._world.rows()
+        return moves.plan_migration(snapshot, self._traffic(snapshot), rows, request)
+
+    async def drain(self, request: DrainRequest) -> Operation:
+        return await self._operation(request)
+
+    async def plan_drain(self, request: DrainRequest) -> MigrationPlan:
+        snapshot = self._snapshot()
+        return moves.plan_drain(snapshot, self._traffic(snapshot), request, self._world.clock.monotonic())
+
+    async def cordon(self, request: CordonRequest) -> Empty:
+        return cast(Empty, await self._inbox.submit(request))
+
     def watch_operation(self, request: WatchOperationRequest) -> AsyncIterator[Operation]:
         return self._world.jobs.follow(request.id)
 
     async def list_checkpoints(self, request: Empty) -> CheckpointList:
-        return status.checkpoint_list(self._snapshot())
+        return status.checkpoint_list(self._snapshot(), self._world.forecast)
 
     async def get_status(self, request: Empty) -> ClusterStatus:
         return status.cluster_status(self._snapshot(), self._world.reasons, self._world.clock.monotonic())
 
     async def list_requests(self, request: Empty) -> RequestList:
-        # What gateways report every second, and what we know before they do.
-        rows = itertools.chain(self._world.loads.rows(), self._world.router.rows())
-        return status.request_list(rows, self._world.cluster.replicas)
+        return status.request_list(self._world.rows().values(), self._world.cluster.replicas)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         node, replica = self._located(request.target)
@@ -88,6 +107,9 @@ class ControllerControl:
 
     def _snapshot(self) -> Snapshot:
         return self._world.snapshot(self._world.clock.monotonic())
+
+    def _traffic(self, snapshot: Snapshot) -> Traffic:
+        return moving.traffic(self._world, snapshot, self._world.rows(), self._world.clock.monotonic())
 
     async def _operation(self, request: object) -> Operation:
         return cast(Operation, await self._inbox.submit(request))

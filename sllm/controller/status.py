@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from sllm.controller.forecast import Forecast, Recompute
 from sllm.core.deployment import DeploymentState
 from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.node import Node, NodeState
@@ -17,6 +18,7 @@ from sllm.rpc.control import (
     CheckpointRow,
     ClusterStatus,
     DeploymentRow,
+    RecomputeRow,
     ReplicaRow,
     RequestList,
 )
@@ -37,8 +39,8 @@ def cluster_status(snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason],
     )
 
 
-def checkpoint_list(snapshot: Snapshot) -> CheckpointList:
-    """Checkpoints by name, each with its copies on nodes that are not dead."""
+def checkpoint_list(snapshot: Snapshot, forecast: Forecast) -> CheckpointList:
+    """Checkpoints by name, each with its copies on nodes that are not dead, and what is learnt of it."""
     living = [v for _, v in sorted(snapshot.nodes.items()) if v.state is not NodeState.DEAD]
     rows = []
     for name, checkpoint in sorted(snapshot.checkpoints().items()):
@@ -48,8 +50,14 @@ def checkpoint_list(snapshot: Snapshot) -> CheckpointList:
             for residency in view.report.residencies
             if residency.checkpoint == name
         )
-        rows.append(CheckpointRow(checkpoint=checkpoint, copies=copies))
+        recomputes = tuple(_recompute(known) for known in forecast.of(checkpoint.digest))
+        rows.append(CheckpointRow(checkpoint=checkpoint, copies=copies, recomputes=recomputes))
     return CheckpointList(checkpoints=tuple(rows))
+
+
+def _recompute(known: Recompute) -> RecomputeRow:
+    p50, p95 = known.error or (None, None)
+    return RecomputeRow(kind=known.kind, cost=known.cost, error_p50=p50, error_p95=p95)
 
 
 def request_list(rows: Iterable[RequestRow], replicas: Mapping[ReplicaId, ReplicaView]) -> RequestList:
@@ -113,4 +121,10 @@ def _replica(replica: ReplicaView) -> ReplicaRow:
 
 
 def _node(view: NodeView) -> Node:
-    return Node(report=view.report, state=view.state, last_seen=view.last_seen, cordoned=view.cordoned)
+    return Node(
+        report=view.report,
+        state=view.state,
+        last_seen=view.last_seen,
+        cordoned=view.cordon.node,
+        cordoned_devices=tuple(sorted(view.cordon.devices)),
+    )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
-from sllm.controller import records
+from sllm.controller import moves, records
 from sllm.controller.clock import Clock
 from sllm.controller.executor import Executor
+from sllm.controller.flights import Flights
+from sllm.controller.forecast import Forecast
 from sllm.controller.jobs import Jobs
 from sllm.controller.latest import Latest
-from sllm.controller.loads import Loads
+from sllm.controller.loads import OVERDUE_S, Loads
 from sllm.controller.router import Router
 from sllm.controller.store.base import Compare, Item, Op, StateStore
 from sllm.controller.tickets import Ticket
 from sllm.core.cluster import ClusterState
-from sllm.core.ids import DeploymentName, NodeName
+from sllm.core.ids import DeploymentName, NodeName, RequestId
+from sllm.core.request import RequestRow
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Policy, Snapshot
 from sllm.errors import Conflict, SllmError
@@ -35,6 +40,8 @@ class World:
         self.router = router
         self.loads = Loads()
         self.jobs = Jobs()
+        self.flights = Flights()
+        self.forecast = Forecast()
         self.tickets: dict[int, Ticket] = {}
         self.table = Latest(RouteTable(epoch=epoch, revision=0))
         self.reasons: dict[DeploymentName, Reason] = {}
@@ -47,19 +54,26 @@ class World:
         self.changed = True
         # Nodes known before a restart: until they have reported, or had the time to, what they run is not known.
         self.awaited: set[NodeName] = set()
-        self.cordoned: set[NodeName] = set()
         self.settle_at = clock.monotonic() + policy.suspect_s
+        # By then every gateway has reported: what none of them has named is over.
+        self.complete_at = clock.monotonic() + OVERDUE_S
 
     def settled(self, now: float) -> bool:
         return not self.awaited or now >= self.settle_at
 
+    def rows(self) -> dict[RequestId, RequestRow]:
+        """Open requests: what gateways report every second, and what we know before they do."""
+        return {row.id: row for row in itertools.chain(self.loads.rows(), self.router.rows())}
+
     def snapshot(self, now: float) -> Snapshot:
-        return self.cluster.snapshot(
+        snapshot = self.cluster.snapshot(
             loads=self.loads.per_replica(),
             held=self.router.held(),
             settled=self.settled(now),
             loads_fresh=self.loads.fresh(now),
         )
+        moving = self.jobs.moving()
+        return replace(snapshot, pinned=moves.ends_of(moving, snapshot, self.rows())) if moving else snapshot
 
     async def commit(self, ops: Sequence[Op]) -> None:
         """Store changes. If that fails, the writer ends: what it would say from then on might not be stored."""
@@ -90,8 +104,8 @@ class World:
         for item in await self._items(records.NODES):
             name = NodeName(item.key.removeprefix(records.NODES))
             self.awaited.add(name)
-            if records.read_cordoned(item.value):
-                self.cordoned.add(name)
+            cordon = records.read_cordon(item.value)
+            self.cluster.close(name, replace(cordon, draining=self.jobs.drain_of(name) is not None))
 
     async def _items(self, prefix: str) -> tuple[Item, ...]:
         return (await self.store.range(prefix))[0]

@@ -9,8 +9,9 @@ from typing import Protocol
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
+from sllm.core.device import DeviceKind
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
-from sllm.core.migration import MigrationPlan
+from sllm.core.migration import MigrationPlan, RecomputeCost
 from sllm.core.node import Node
 from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaStatus
@@ -48,9 +49,23 @@ class CheckpointCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputeRow:
+    """What recomputing tokens takes on one kind of device, learnt from migrations (paper §5.2).
+
+    `error_p50` and `error_p95` are |predicted - measured| / measured of the last rounds; None: not known yet.
+    """
+
+    kind: DeviceKind
+    cost: RecomputeCost
+    error_p50: float | None = None
+    error_p95: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRow:
     checkpoint: Checkpoint
     copies: tuple[CheckpointCopy, ...] = ()
+    recomputes: tuple[RecomputeRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

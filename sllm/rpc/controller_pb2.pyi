@@ -29,13 +29,27 @@ class CheckpointCopy(_message.Message):
     residency: _common_pb2.Residency
     def __init__(self, node: _Optional[str] = ..., residency: _Optional[_Union[_common_pb2.Residency, _Mapping]] = ...) -> None: ...
 
+class RecomputeRow(_message.Message):
+    __slots__ = ("kind", "cost", "error_p50", "error_p95")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    ERROR_P50_FIELD_NUMBER: _ClassVar[int]
+    ERROR_P95_FIELD_NUMBER: _ClassVar[int]
+    kind: _common_pb2.DeviceKind
+    cost: _common_pb2.RecomputeCost
+    error_p50: float
+    error_p95: float
+    def __init__(self, kind: _Optional[_Union[_common_pb2.DeviceKind, str]] = ..., cost: _Optional[_Union[_common_pb2.RecomputeCost, _Mapping]] = ..., error_p50: _Optional[float] = ..., error_p95: _Optional[float] = ...) -> None: ...
+
 class CheckpointRow(_message.Message):
-    __slots__ = ("checkpoint", "copies")
+    __slots__ = ("checkpoint", "copies", "recomputes")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _common_pb2.Checkpoint
     copies: _containers.RepeatedCompositeFieldContainer[CheckpointCopy]
-    def __init__(self, checkpoint: _Optional[_Union[_common_pb2.Checkpoint, _Mapping]] = ..., copies: _Optional[_Iterable[_Union[CheckpointCopy, _Mapping]]] = ...) -> None: ...
+    recomputes: _containers.RepeatedCompositeFieldContainer[RecomputeRow]
+    def __init__(self, checkpoint: _Optional[_Union[_common_pb2.Checkpoint, _Mapping]] = ..., copies: _Optional[_Iterable[_Union[CheckpointCopy, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[RecomputeRow, _Mapping]]] = ...) -> None: ...
 
 class CheckpointList(_message.Message):
     __slots__ = ("checkpoints",)

@@ -21,6 +21,7 @@ from sllm.controller.store.memory import MemoryStore
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import DeploymentSpec
 from sllm.core.device import Device, DeviceKind, DeviceState
+from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState, Round
 from sllm.core.node import NodeReport
 from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaState, ReplicaStatus, StartPhase
@@ -33,6 +34,7 @@ from sllm.rpc.agents import (
     AddProgress,
     AgentReadLogsRequest,
     GetExecutionFilesRequest,
+    MigrateCommand,
     RemoveCheckpointCommand,
     StartReplicaCommand,
     StopReplicaCommand,
@@ -40,10 +42,13 @@ from sllm.rpc.agents import (
 )
 from sllm.rpc.control import (
     ControlClient,
+    CordonRequest,
     DeleteRequest,
     DeployRequest,
+    DrainRequest,
     Empty,
     LogChunk,
+    MigrateRequest,
     ScaleRequest,
     WatchOperationRequest,
 )
@@ -60,12 +65,18 @@ def checkpoint_of(name: str, **fields: Any) -> Checkpoint:
     return Checkpoint(name=name, **{**values, **fields})
 
 
+async def stalled(order: MigrationOrder) -> AsyncIterator[MigrationReport]:
+    """A source that gets nowhere."""
+    await asyncio.Event().wait()
+    yield MigrationReport(migration=order.id, request="", state=MigrationState.QUEUED)
+
+
 class FakeAgent:
     """Answers commands and reports, as a test tells it to.
 
     `held`: starts go no further than a test says (`finish`); `refusal`: what the next start is answered with;
     `breaks`: (error, reason) that starts end with; `damage`: what a verification finds; `silent`: no heartbeat is
-    sent; `sources`: what can be added.
+    sent; `sources`: what can be added; `migrates`: told of each order, it says what becomes of each request.
     """
 
     def __init__(self, name: str, *, devices: int = 1, checkpoints: tuple[str, ...] = ("m",), port: int = 0) -> None:
@@ -88,6 +99,7 @@ class FakeAgent:
         self.verify_goes_on = asyncio.Event()
         self.verify_goes_on.set()
         self.damage: SllmError | None = None
+        self.migrates: Callable[[MigrationOrder], AsyncIterator[MigrationReport]] = stalled
         self._server: Any = None
         self._client: NodeClient | None = None
         self._reports: set[asyncio.Task[Any]] = set()
@@ -255,6 +267,14 @@ class FakeAgent:
             raise self.damage
         yield AddProgress(done_bytes=1000, total_bytes=1000, checkpoint=self.checkpoints[request.name])
 
+    def orders(self) -> list[MigrationOrder]:
+        return [c.order for c in self.commands if isinstance(c, MigrateCommand)]
+
+    async def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:
+        self._heard(request)
+        async for report in self.migrates(request.order):
+            yield report
+
     async def get_execution_files(self, request: GetExecutionFilesRequest) -> AsyncIterator[Any]:
         raise NotFound("none")
         yield
@@ -387,10 +407,57 @@ class Bench:
     async def scale(self, name: str = "app", **fields: Any) -> Operation:
         return await self.control.scale(ScaleRequest(request_id=self._next(), name=name, **fields))
 
+    async def migrate(self, node: str, **fields: Any) -> Operation:
+        return await self.control.migrate(MigrateRequest(request_id=self._next(), node=node, **fields))
+
+    async def drain(self, node: str, deadline_s: float = 120.0, *, request_id: str = "") -> Operation:
+        return await self.control.drain(
+            DrainRequest(request_id=request_id or self._next(), node=node, deadline_s=deadline_s)
+        )
+
+    async def cordon(self, node: str, *, cordoned: bool = True, device: str | None = None) -> None:
+        await self.control.cordon(CordonRequest(request_id=self._next(), node=node, cordoned=cordoned, device=device))
+
+    async def node(self, name: str) -> Any:
+        status = await self.control.get_status(Empty())
+        return next(node for node in status.nodes if node.report.name == name)
+
+    async def request(self, replica: Any, name: str, **fields: Any) -> RequestRow:
+        """A request that runs, as a gateway reports it."""
+        assert self.gateway
+        values: dict[str, Any] = {"prompt_tokens": 3, "output_tokens": 5, "interval_s": 0.01, "max_tokens": 1000}
+        spec = replica.spec
+        row = RequestRow(
+            id=name, deployment=spec.deployment, state=RequestState.RUNNING, replica=spec.id, **{**values, **fields}
+        )
+        self.gateway.rows[name] = row
+        await self.gateway.report()
+        return row
+
+    async def moves_all(self, order: MigrationOrder) -> AsyncIterator[MigrationReport]:
+        """A source whose requests go to the target, where their gateway follows them."""
+        for request in order.requests:
+            measured = Round(tokens=100, cached_tokens=0, seconds=0.5)
+            values: dict[str, Any] = {"migration": order.id, "request": request, "rounds": 1}
+            yield MigrationReport(**values, state=MigrationState.ROUNDS, last_round=measured)
+            self.follow(request, order.target.replica)
+            yield MigrationReport(**values, state=MigrationState.MOVED)
+
+    def follow(self, request: str, replica: str) -> None:
+        assert self.gateway
+        row = self.gateway.rows[request]
+        self.gateway.rows[request] = replace(row, replica=replica, moves=row.moves + 1)
+
     async def done(self, operation: Operation) -> Operation:
         """Wait for an operation to be over."""
         async with asyncio.timeout(20):
             return [o async for o in self.control.watch_operation(WatchOperationRequest(id=operation.id))][-1]
+
+    def operation(self, operation: Operation) -> Operation:
+        """An operation as it stands."""
+        job = self.controller.world.jobs.get(operation.id)
+        assert job
+        return job.operation
 
     async def row(self, name: str = "app") -> Any:
         status = await self.control.get_status(Empty())

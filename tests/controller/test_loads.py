@@ -114,3 +114,60 @@ def test_a_silent_gateway_that_still_watches_is_not_forgotten_soon():
     loads.report("g", "one", (row("1"),), 0.0)
     loads.forget_silent(OVERDUE_S)
     assert loads.per_replica() == {"rep-x": 1}
+
+
+def test_what_a_report_lacks_is_over():
+    loads = Loads()
+    loads.report("g", "", (row("1"), row("2")), 0.0)
+    assert loads.report("h", "", (), 1.0) == ()
+    assert loads.report("g", "", (row("2"),), 1.0) == (row("1"),)
+
+
+def test_a_request_that_was_handed_over_counts_at_its_target_at_once():
+    loads = Loads()
+    loads.report("g", "", (row("1"), row("2")), 0.0)
+    loads.moved("req-1", "rep-y")
+    assert loads.per_replica() == {"rep-x": 1, "rep-y": 1}
+
+
+def test_a_report_that_was_under_way_does_not_take_a_handover_back():
+    loads = Loads()
+    loads.report("g", "", (row("1"),), 0.0)
+    loads.moved("req-1", "rep-y")
+    loads.report("g", "", (row("1"),), 1.0)
+    assert loads.per_replica()["rep-y"] == 1
+    loads.report("g", "", (row("1"),), 2.0)
+    assert loads.per_replica()["rep-x"] == 1, "it did not go on there"
+
+
+def test_after_its_gateway_has_followed_the_report_holds_again():
+    loads = Loads()
+    loads.report("g", "", (row("1"),), 0.0)
+    loads.moved("req-1", "rep-y")
+    loads.report("g", "", (row("1", "rep-y"),), 1.0)
+    loads.report("g", "", (row("1", "rep-z"),), 2.0)
+    assert list(loads.rows()) == [row("1", "rep-z")]
+
+
+def test_a_handed_over_request_that_is_held_is_held():
+    loads = Loads()
+    loads.report("g", "", (row("1"),), 0.0)
+    loads.moved("req-1", "rep-y")
+    loads.report("g", "", (row("1", None, RequestState.HELD),), 1.0)
+    assert loads.per_replica() == {}
+
+
+def test_a_handover_of_what_was_just_granted():
+    loads = Loads()
+    grant(loads, 1, "1")
+    loads.moved("req-1", "rep-y")
+    assert loads.per_replica() == {"rep-y": 1}
+
+
+def test_a_handover_is_forgotten_with_its_gateway():
+    loads = Loads()
+    loads.report("g", "", (row("1"),), 0.0)
+    loads.moved("req-1", "rep-y")
+    loads.forget_silent(FORGOTTEN_S)
+    loads.report("g", "", (row("1"),), FORGOTTEN_S)
+    assert loads.per_replica() == {"rep-x": 1}
