@@ -64,6 +64,26 @@ COMMANDS = {
         "--replicas has so many now, --min and --max bound what it does by itself from then on. "
         "With --replicas 0 it stops until the next request.",
     ),
+    "migrate": _verb(
+        "migrate",
+        "Move a running request, or all of a replica, to another node.",
+        "The client's stream goes on where it was. A replica is started on the node if none there has room.",
+    ),
+    "drain": _verb(
+        "drain",
+        "Empty a node: move what runs there away, or let it finish.",
+        "The node takes nothing new. What is long moves to other nodes, on which replicas are started where they are "
+        "needed; what is expected to finish sooner than it could be moved is waited for. The node stays cordoned "
+        "afterwards. What is left at the deadline is named, and goes on.",
+    ),
+    "cordon": _verb(
+        "cordon",
+        "Place nothing new on a node, or on one device of it.",
+        "What runs there stays, and takes requests as before. `sllm drain` moves it away.",
+    ),
+    "uncordon": _verb(
+        "uncordon", "Take a node, or a device, into use again.", "Of a node that is being drained, this ends that too."
+    ),
     "status": _verb("status", "Show deployments, replicas and nodes."),
     "nodes": _verb("nodes", "List nodes with their devices and tiers."),
     "requests": _verb("requests", "List requests that run or wait."),

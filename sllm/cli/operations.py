@@ -23,6 +23,8 @@ _DONE = {
     "deploy": "{} deployed",
     "delete": "{} deleted",
     "scale": "{} scaled",
+    "migrate": "{} moved",
+    "drain": "{} drained",
 }
 
 

@@ -25,6 +25,11 @@ NodesOption = Annotated[
     list[str] | None, typer.Option("--node", metavar="NODE", help="Only this node; may be repeated.")
 ]
 
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why; change nothing.")]
+NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="Name of the node.", show_default=False)]
+PlaceArgument = Annotated[
+    str, typer.Argument(metavar="NODE[/DEVICE]", help="A node, or one device of it.", show_default=False)
+]
 CheckpointArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the checkpoint.", show_default=False)]
 
 

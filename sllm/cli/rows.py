@@ -10,6 +10,7 @@ from sllm.core.residency import Residency, TierUsage
 
 if TYPE_CHECKING:
     from sllm.core.checkpoint import Checkpoint
+    from sllm.core.migration import MigrationPlan
     from sllm.core.node import Node
     from sllm.core.operation import Operation
     from sllm.core.request import RequestRow
@@ -80,6 +81,7 @@ def node_row(node: Node) -> Row:
         "name": report.name,
         "state": node.state.value,
         "cordoned": node.cordoned,
+        "cordoned_devices": list(node.cordoned_devices),
         "address": report.address,
         "version": report.version,
         "engine": report.engine,
@@ -118,7 +120,11 @@ def checkpoint_row(row: CheckpointRow) -> Row:
         }
         for copy in row.copies
     ]
-    return {**_checkpoint_object(row.checkpoint), "copies": copies}
+    recomputes = [
+        {"kind": r.kind.value, **asdict(r.cost), "error_p50": r.error_p50, "error_p95": r.error_p95}
+        for r in row.recomputes
+    ]
+    return {**_checkpoint_object(row.checkpoint), "copies": copies, "recompute": recomputes}
 
 
 def _checkpoint_object(checkpoint: Checkpoint) -> Row:
@@ -134,8 +140,16 @@ def request_row(row: RequestRow) -> Row:
         "state": row.state.value,
         "prompt_tokens": row.prompt_tokens,
         "output_tokens": row.output_tokens,
+        "max_tokens": row.max_tokens,
+        "interval_s": row.interval_s,
+        "moves": row.moves,
         "started_at": time_text(row.started_at),
     }
+
+
+def plan_object(plan: MigrationPlan) -> Row:
+    """Return the object of a dry run."""
+    return {"moves": [asdict(move) for move in plan.moves], "starts": list(plan.starts), "why": plan.why}
 
 
 def operation_row(operation: Operation) -> Row:

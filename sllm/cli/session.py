@@ -14,6 +14,7 @@ from sllm.cli.options import Patience, Where
 
 if TYPE_CHECKING:
     from sllm.cli.context import Context
+    from sllm.core.migration import MigrationPlan
     from sllm.core.operation import Operation
     from sllm.rpc.control import ControlClient
     from sllm.rpc.transport import Tls
@@ -44,6 +45,16 @@ def change(where: Where, patience: Patience, request: Callable[[ControlClient], 
 
     with reported(where.output):
         show(where.output, asyncio.run(conversation()))
+
+
+def preview(where: Where, question: Callable[[ControlClient], Awaitable[MigrationPlan]]) -> None:
+    """Print what would be moved, and why."""
+    from sllm.cli import rows, tables
+    from sllm.cli.output import emit
+
+    plan = ask(where, question)
+    names = [move.request for move in plan.moves if move.move]
+    emit(where.output, tables=tables.migration_plan(plan), data=rows.plan_object(plan), names=names)
 
 
 @asynccontextmanager

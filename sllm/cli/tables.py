@@ -14,9 +14,10 @@ from sllm.core.replica import ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.residency import Residency, ResidencyState, Tier
 
 if TYPE_CHECKING:
+    from sllm.core.migration import MigrationPlan, PlannedMove
     from sllm.core.request import RequestRow
     from sllm.loader.format import Manifest
-    from sllm.rpc.control import CheckpointRow, DeploymentRow, ReplicaRow
+    from sllm.rpc.control import CheckpointRow, DeploymentRow, RecomputeRow, ReplicaRow
 
 NONE = "-"
 
@@ -92,7 +93,8 @@ def _devices(node: Node) -> str:
     devices = node.report.devices
     free = sum(device.state is DeviceState.FREE for device in devices)
     kinds = "+".join(sorted({device.kind.value for device in devices}))
-    return f"{free}/{len(devices)} {kinds}".rstrip()
+    closed = f" ({len(node.cordoned_devices)} cordoned)" if node.cordoned_devices else ""
+    return f"{free}/{len(devices)} {kinds}".rstrip() + closed
 
 
 def _held(node: Node, tier: Tier) -> str:
@@ -164,9 +166,16 @@ def checkpoint_details(row: CheckpointRow) -> tuple[Table, Table]:
         ("max length", str(checkpoint.max_model_len)),
         ("source", checkpoint.source or NONE),
         ("added", time_text(checkpoint.created_at) or NONE),
+        *((f"recompute, {known.kind.value}", _recompute(known)) for known in row.recomputes),
     )
     copies = tuple((copy.node, copy.residency.tier.name, copy.residency.state.value) for copy in row.copies)
     return Table(columns=("CHECKPOINT", ""), rows=facts), Table(columns=("NODE", "TIER", "STATE"), rows=copies)
+
+
+def _recompute(known: RecomputeRow) -> str:
+    cost = known.cost
+    error = "" if known.error_p50 is None else f", wrong by {known.error_p50:.0%} (median)"
+    return f"{cost.per_token_s * 1e6:.0f} us a token + {cost.fixed_s * 1000:.1f} ms ({cost.observations} rounds{error})"
 
 
 def manifest_details(folder: Path, manifest: Manifest) -> tuple[Table, Table]:
@@ -194,7 +203,7 @@ def manifest_details(folder: Path, manifest: Manifest) -> tuple[Table, Table]:
 
 def requests(rows: Iterable[RequestRow]) -> Table:
     return Table(
-        columns=("ID", "DEPLOYMENT", "STATE", "REPLICA", "NODE", "PROMPT", "OUTPUT", "STARTED"),
+        columns=("ID", "DEPLOYMENT", "STATE", "REPLICA", "NODE", "PROMPT", "OUTPUT", "MOVES", "STARTED"),
         rows=tuple(_request(row) for row in rows),
         empty="(none runs or waits)",
     )
@@ -209,5 +218,29 @@ def _request(row: RequestRow) -> tuple[str, ...]:
         row.node or NONE,
         str(row.prompt_tokens),
         str(row.output_tokens),
+        str(row.moves),
         time_text(row.started_at) or NONE,
+    )
+
+
+def migration_plan(plan: MigrationPlan) -> tuple[Table, ...]:
+    """What would be moved, the first to move first; then what would be started for it."""
+    moves = Table(
+        columns=("REQUEST", "FROM", "TO", "MOVE", "PAUSE", "LEFT", "WHY"),
+        rows=tuple(_planned(move) for move in plan.moves),
+        empty="(no request would be moved)",
+    )
+    notes = [("start a replica", node) for node in plan.starts] + ([("note", plan.why)] if plan.why else [])
+    return (moves, Table(columns=("ALSO", ""), rows=tuple(notes))) if notes else (moves,)
+
+
+def _planned(move: PlannedMove) -> tuple[str, ...]:
+    return (
+        move.request,
+        f"{move.source_node} ({move.source})",
+        f"{move.target_node} ({move.target})" if move.target else move.target_node or NONE,
+        "yes" if move.move else "no",
+        f"{move.pause_s * 1000:.0f} ms" if move.move else NONE,
+        NONE if move.left_s is None else f"{move.left_s:.1f} s",
+        move.why,
     )

@@ -16,6 +16,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
+from sllm.core.migration import MigrationPlan, PlannedMove
 from sllm.core.node import LoadReport, Node, NodeReport, NodeState
 from sllm.core.operation import Operation, OperationState
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
@@ -133,6 +134,36 @@ REQUESTS = control.RequestList(
 )
 
 
+PLAN = MigrationPlan(
+    moves=(
+        PlannedMove(
+            request=RequestId("req-00ff"),
+            source=REPLICA.spec.id,
+            source_node=NODE.report.name,
+            target=ReplicaId("rep-22"),
+            target_node=NodeName("node-2"),
+            move=True,
+            pause_s=0.0125,
+            left_s=9.25,
+            why="it runs on",
+        ),
+        PlannedMove(
+            request=RequestId("req-00aa"),
+            source=REPLICA.spec.id,
+            source_node=NODE.report.name,
+            target=None,
+            target_node=None,
+            move=False,
+            pause_s=0.0,
+            left_s=None,
+            why="it ends soon",
+        ),
+    ),
+    starts=(NodeName("node-3"),),
+    why="2 replicas would be stopped",
+)
+
+
 @dataclass
 class FakeControl:
     """`asked` records what arrived. Operations run through `changes`, then end; `endless` ones never do."""
@@ -144,6 +175,7 @@ class FakeControl:
     status: control.ClusterStatus = STATUS
     checkpoints: control.CheckpointList = CHECKPOINTS
     requests: control.RequestList = REQUESTS
+    plan: MigrationPlan = PLAN
     log: tuple[str, ...] = ("first line\n", "second line\n")
     watched: threading.Event = field(default_factory=threading.Event)
     address: str = ""
@@ -177,6 +209,24 @@ class FakeControl:
 
     async def scale(self, request: control.ScaleRequest) -> Operation:
         return self._begin("scale", request.name, request)
+
+    async def migrate(self, request: control.MigrateRequest) -> Operation:
+        return self._begin("migrate", request.request or request.replica or "", request)
+
+    async def drain(self, request: control.DrainRequest) -> Operation:
+        return self._begin("drain", request.node, request)
+
+    async def plan_migration(self, request: control.MigrateRequest) -> MigrationPlan:
+        self._check(request)
+        return self.plan
+
+    async def plan_drain(self, request: control.DrainRequest) -> MigrationPlan:
+        self._check(request)
+        return self.plan
+
+    async def cordon(self, request: control.CordonRequest) -> control.Empty:
+        self._check(request)
+        return control.Empty()
 
     async def watch_operation(self, request: control.WatchOperationRequest) -> AsyncIterator[Operation]:
         self.asked.append(request)

@@ -22,6 +22,8 @@ CHANGES = {
     "deploy": ["deploy", "org/demo", "--checkpoint", "demo-model"],
     "delete": ["delete", "org/demo"],
     "scale": ["scale", "org/demo", "--replicas", "1"],
+    "migrate": ["migrate", "req-00ff", "--to", "node-2"],
+    "drain": ["drain", "node-1"],
 }
 each_change = pytest.mark.parametrize(("kind", "command"), CHANGES.items(), ids=CHANGES)
 
@@ -30,7 +32,8 @@ each_change = pytest.mark.parametrize(("kind", "command"), CHANGES.items(), ids=
 def test_waits_until_it_is_done_and_says_so(ask, controller, kind, command):
     answer = ask(*command)
     assert answer.code == 0
-    assert answer.out.rstrip().endswith(("added", "removed", "verified", "deployed", "deleted", "scaled"))
+    words = ("added", "removed", "verified", "deployed", "deleted", "scaled", "moved", "drained")
+    assert answer.out.rstrip().endswith(words)
     assert controller.asked[1:] == [control.WatchOperationRequest(id="op-77aa")]
 
 

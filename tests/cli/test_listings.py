@@ -98,6 +98,9 @@ def test_requests_in_every_form(ask):
             "state": "running",
             "prompt_tokens": 11,
             "output_tokens": 5,
+            "max_tokens": 0,
+            "interval_s": 0.0,
+            "moves": 0,
             "started_at": "2025-01-01T12:00:00.000Z",
         }
     ]
