@@ -74,6 +74,8 @@ def value_of(cls: Any) -> st.SearchStrategy[Any]:
         fields |= {"min_replicas": st.just(0), "max_replicas": st.just(3), "engine_args": st.just({"dtype": "auto"})}
         fields |= {"devices": st.just(1), "target_concurrency": st.just(4), "keep_alive_s": st.just(1.5)}
         fields |= {"max_model_len": st.none() | st.just(7)}
+    if cls.__name__ == "RecomputeRequest":
+        fields |= {"token_ids": st.lists(st.integers(0, 2**32 - 1), max_size=2).map(tuple)}
     return st.builds(cls, **fields)
 
 
