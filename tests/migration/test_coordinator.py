@@ -1,6 +1,6 @@
 """An order's requests: each begins once, so many at a time, and all are over in the end."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.ids import RequestId
@@ -41,6 +41,7 @@ def test_a_request_that_is_named_twice_moves_once() -> None:
     assert coordinator.new([A, A, B], concurrency=4).waiting == (A, B)
 
 
+@settings(deadline=None)
 @given(
     names=st.lists(st.integers(0, 9), unique=True, max_size=10),
     concurrency=st.integers(-1, 5),

@@ -1,6 +1,6 @@
 """The destination: rounds come and go, and leave nothing behind (paper §5.3)."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.ids import RequestId
@@ -72,6 +72,7 @@ EVENTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_every_round_is_ended_exactly_once(events: list[Event | RequestId]) -> None:
     keys = iter(range(100))

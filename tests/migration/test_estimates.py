@@ -4,7 +4,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.migration import RecomputeCost
@@ -101,6 +101,7 @@ def test_after_one_round_a_migration_has_a_guess_of_both_parts() -> None:
     assert (cost.per_token_s, cost.fixed_s, cost.observations) == (pytest.approx(0.001), pytest.approx(0.016), 1)
 
 
+@settings(deadline=None)
 @given(
     first=st.tuples(st.integers(1, 5000), st.floats(1e-4, 10)),
     later=st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-4, 10)), max_size=8),

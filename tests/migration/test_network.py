@@ -19,7 +19,7 @@ from sllm.errors import EngineFailed, Unavailable
 from sllm.gateway.journal import Journal
 from sllm.migration import destination, source
 from sllm.migration.destination import Answer, Asked, Closing, Compute, Computed, Destination, Drop
-from sllm.migration.policy import Progress
+from sllm.migration.policy import MAX_ROUNDS, Progress
 from sllm.migration.source import (
     Begin,
     CalledOff,
@@ -100,8 +100,12 @@ class Network(RuleBasedStateMachine):
         self.hosts[host].running[self.stream] = len(self.journal.tokens)
         self.arrive(host)
 
-    def recover(self) -> None:
-        self.resume((self.at + 1) % HOSTS)
+    def recover(self, *, aborted: bool = True) -> None:
+        """Go on at another host. The old one is told to stop, which may not come to it."""
+        old, stream = self.at, self.stream
+        if aborted and self.hosts[old].running.pop(stream, None) is not None:
+            self.tell(old, stream, RequestEnded())
+        self.resume((old + 1) % HOSTS)
 
     def read(self, frame: Frame) -> None:
         if frame.stream != self.stream or self.done:
@@ -121,9 +125,14 @@ class Network(RuleBasedStateMachine):
 
     # --- hosts ---
 
-    @rule(host=st.integers(0, HOSTS - 1))
-    def decode(self, host: int) -> None:
-        self.now += INTERVAL_S
+    @rule(steps=st.integers(1, 8))
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self.now += INTERVAL_S
+            for host in range(HOSTS):
+                self.step_engine(host)
+
+    def step_engine(self, host: int) -> None:
         for stream, position in list(self.hosts[host].running.items()):
             if position < len(TOKENS):
                 self.send(host, Frame(stream, position))
@@ -142,9 +151,9 @@ class Network(RuleBasedStateMachine):
             index = data.draw(st.integers(0, len(self.channel) - 1))
             self.read(self.channel.pop(index)[2])
 
-    @rule()
-    def deliver_in_order(self) -> None:
-        if self.channel:
+    @rule(frames=st.integers(1, 8))
+    def deliver_in_order(self, frames: int) -> None:
+        for _ in range(min(frames, len(self.channel))):
             self.read(self.channel.pop(0)[2])
 
     @rule(data=st.data(), twice=st.booleans())
@@ -156,7 +165,23 @@ class Network(RuleBasedStateMachine):
             else:
                 self.channel.pop(index)
 
-    @rule(host=st.integers(0, HOSTS - 1), sent_arrives=st.booleans())
+    @rule(
+        kind=st.sampled_from(["silence", "call off", "calls break", "death"]),
+        host=st.integers(0, HOSTS - 1),
+        lucky=st.booleans(),
+    )
+    def fail(self, kind: str, host: int, lucky: bool) -> None:
+        """One rule for all, or nothing would live long enough to be migrated."""
+        match kind:
+            case "silence":
+                self.notice_silence(aborted=lucky)
+            case "call off":
+                self.call_off(late=lucky)
+            case "calls break":
+                self.break_calls(host, computed=lucky)
+            case "death":
+                self.die(host, sent_arrives=lucky)
+
     def die(self, host: int, sent_arrives: bool) -> None:
         """It is restarted at once, and knows nothing. What it had sent may still come, or not."""
         before, self.hosts[host] = self.hosts[host], Host(incarnation=self.hosts[host].incarnation + 1)
@@ -172,32 +197,34 @@ class Network(RuleBasedStateMachine):
         if self.at == host and not self.done:
             self.recover()
 
-    @rule()
-    def notice_silence(self) -> None:
+    def notice_silence(self, aborted: bool) -> None:
         """The reader's host makes no sign of life: the reader goes elsewhere, though it may only be slow."""
         if not self.done:
-            self.recover()
+            self.recover(aborted=aborted)
 
     # --- migrations ---
 
-    @rule(to=st.integers(0, HOSTS - 1))
-    def migrate(self, to: int) -> None:
-        host = self.at
+    @rule(step=st.integers(1, HOSTS - 1), twice=st.sampled_from([False, False, False, True]))
+    def migrate(self, step: int, twice: bool) -> None:
+        """An order for the request, where it runs; `twice`: also if it is being carried out already."""
+        host, to = self.at, (self.at + step) % HOSTS
         streams = list(self.hosts[host].running)
-        if to == host or not streams:
+        under_way = any(m.stream in streams and m.machine.phase is Phase.ROUND for m in self.migrations)
+        if not streams or (under_way and not twice):
             return
         machine = source.new(cost=COST, block_size=4, deadline=self.now + 3.0)
         migration = Migration(machine, host, self.hosts[host].incarnation, streams[-1], to)
         self.migrations.append(migration)
         self.apply(migration, Begin(progress=self.progress(migration)))
 
-    @rule(at=st.integers(0, HOSTS - 1))
-    def compute(self, at: int) -> None:
-        """The destination's engine is done with its oldest round; its answer arrives."""
-        host = self.hosts[at]
-        if not host.destination.rounds:
-            return
-        _, key = host.destination.rounds[0]
+    @rule()
+    def compute(self) -> None:
+        """Each destination's engine is done with its oldest round; its answer arrives."""
+        for at in range(HOSTS):
+            if self.hosts[at].destination.rounds:
+                self.answer(at, self.hosts[at].destination.rounds[0][1])
+
+    def answer(self, at: int, key: int) -> None:
         self.step_destination(at, Computed(key=key))
         for migration in self.migrations:
             if migration.key == key and migration.machine.phase is Phase.ROUND:
@@ -206,7 +233,17 @@ class Network(RuleBasedStateMachine):
                 answer = Round(tokens=tokens, cached_tokens=0, seconds=COST.per_token_s * tokens)
                 self.apply(migration, RoundEnded(round=answer, progress=self.progress(migration)))
 
-    @rule(late=st.booleans())
+    def break_calls(self, at: int, computed: bool) -> None:
+        """The network between hosts fails: sources hear nothing of their rounds there, done or not."""
+        for migration in self.migrations:
+            if migration.target == at and migration.machine.phase is Phase.ROUND and migration.key is not None:
+                if computed:
+                    key, migration.key = migration.key, None
+                    self.step_destination(at, Computed(key=key))
+                else:
+                    self.stop_round(migration)
+                self.apply(migration, RoundFailed(error=Unavailable("the connection broke")))
+
     def call_off(self, late: bool) -> None:
         for migration in self.migrations:
             self.apply(migration, TimeOver() if late else CalledOff())
@@ -283,6 +320,16 @@ class Network(RuleBasedStateMachine):
                 assert migration.machine.outcome in OVER
                 assert migration.key not in under_way
 
+    @invariant()
+    def a_stream_has_one_owner(self) -> None:
+        """Two hosts may run the request for a while, but never under one stream id: the reader tells them apart."""
+        owned = [stream for host in self.hosts for stream in host.running]
+        assert len(owned) == len(set(owned))
+
+    @invariant()
+    def rounds_are_bounded(self) -> None:
+        assert all(migration.machine.rounds <= MAX_ROUNDS for migration in self.migrations)
+
     def teardown(self) -> None:
         """When the network is kind again, the answer comes to its end."""
         for host in range(HOSTS):
@@ -293,11 +340,10 @@ class Network(RuleBasedStateMachine):
             self.channel = [entry for entry in self.channel if entry[2].stream == self.stream]
             if not self.channel and self.stream not in self.hosts[self.at].running:
                 self.recover()  # what was lost is noticed by silence
-            self.decode(self.at)
-            while self.channel:
-                self.deliver_in_order()
+            self.decode(1)
+            self.deliver_in_order(len(self.channel))
         assert self.journal.tokens == TOKENS
 
 
-Network.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Network.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, print_blob=True)
 TestNetwork = Network.TestCase

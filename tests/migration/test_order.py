@@ -103,6 +103,15 @@ class World:
         ended = RoundEnded(round=done, progress=request.progress(), round_trip_s=0.001)
         self.feed(name, RoundFailed(error=LOST) if breaks else ended)
 
+    def stray(self, name: RequestId) -> None:
+        """What comes too late for a request that is over."""
+        request = self.requests[name]
+        if request.machine.phase is not Phase.OVER:
+            return
+        done = Round(tokens=64, cached_tokens=0, seconds=0.1)
+        for event in (RoundEnded(round=done, progress=request.progress()), RoundFailed(error=LOST), TimeOver()):
+            self.feed(name, event)
+
     def check(self) -> None:
         assert sum(request.called for request in self.requests.values()) <= self.coordinator.concurrency
         for request in self.requests.values():
@@ -119,7 +128,9 @@ def test_every_request_of_an_order_has_one_outcome_within_bounds(
     outputs: list[int], concurrency: int, data: st.DataObject
 ) -> None:
     world = World(outputs, concurrency)
-    steps = data.draw(st.lists(st.sampled_from(["decode", "answer", "break", "ended", "stop", "late"]), max_size=40))
+    steps = data.draw(
+        st.lists(st.sampled_from(["decode", "answer", "break", "ended", "stray", "stop", "late"]), max_size=40)
+    )
     for step in steps:
         name = data.draw(st.sampled_from(sorted(world.requests)))
         match step:
@@ -129,6 +140,8 @@ def test_every_request_of_an_order_has_one_outcome_within_bounds(
                 world.answer(name, data.draw(st.floats(1e-4, 2.0)), breaks=step == "break")
             case "ended":
                 world.feed(name, RequestEnded())
+            case "stray":
+                world.stray(name)
             case "stop":
                 world.coordinate(Stopped(), CalledOff())
             case "late":
@@ -140,6 +153,7 @@ def test_every_request_of_an_order_has_one_outcome_within_bounds(
     assert all(request.machine.phase is Phase.OVER for request in world.requests.values())
 
 
+@settings(deadline=None)
 @given(
     outputs=st.lists(st.integers(0, 3000), min_size=1, max_size=6),
     concurrency=st.integers(1, 3),

@@ -1,7 +1,7 @@
 """When one more round pays, and how fast rounds close the gap (paper §5.2)."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.migration import RecomputeCost
@@ -43,6 +43,7 @@ def test_an_unknown_interval_counts_as_no_rhythm_at_all() -> None:
     assert pays(Progress(prompt_tokens=500, output_tokens=0, interval_s=0.0), 0, 0, ROAD)
 
 
+@settings(deadline=None)
 @given(
     prompt=st.integers(1, 5000),
     output=st.integers(0, 5000),
