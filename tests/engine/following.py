@@ -10,7 +10,7 @@ from typing import Any
 
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import PROTOCOL_VERSION, Finish, Moved, OpenStream, TokenRequest
-from sllm.errors import Unavailable
+from sllm.errors import SllmError, Unavailable
 from sllm.rpc.engine import EngineClient, TokenStream
 
 
@@ -36,7 +36,7 @@ class Gateway:
     def __init__(self) -> None:
         self._streams: dict[str, TokenStream] = {}
         self._clients: list[EngineClient] = []
-        self._readers: list[asyncio.Task[None]] = []
+        self._readers: dict[str, asyncio.Task[None]] = {}
         self._live: dict[tuple[str, int], Followed] = {}
         self._ids = itertools.count(1)
         self._changed = asyncio.Event()
@@ -51,12 +51,27 @@ class Gateway:
             while not true():
                 self._changed.clear()
                 await self._changed.wait()
-                for reader in self._readers:
+                for reader in self._readers.values():
                     if reader.done():
                         reader.result()
 
     async def finished(self, *sequences: Followed) -> None:
         await self.until(lambda: all(each.finish is not None for each in sequences))
+
+    async def lost(self, target: RouteTarget) -> None:
+        """Wait until the stream to a host is broken, and forget what was on it."""
+        async with asyncio.timeout(20):
+            await asyncio.wait([self._readers[target.address]])
+        error = self._readers.pop(target.address).exception()
+        if not isinstance(error, SllmError):
+            raise error or AssertionError("it only ended")
+        await self._streams.pop(target.address).close()
+        self._live = {place: followed for place, followed in self._live.items() if place[0] != target.address}
+
+    def resume(self, target: RouteTarget, followed: Followed) -> None:
+        """Send a request, whose stream was lost, with all its tokens to another host."""
+        if followed not in self._live.values():
+            self._send(target, followed)
 
     def _send(self, target: RouteTarget, followed: Followed) -> None:
         stream_id = next(self._ids)
@@ -69,7 +84,7 @@ class Gateway:
             opening = OpenStream(protocol_version=PROTOCOL_VERSION, gateway="follower", generation=target.generation)
             self._clients.append(client)
             self._streams[target.address] = client.open_stream(opening)
-            self._readers.append(asyncio.create_task(self._read(target.address)))
+            self._readers[target.address] = asyncio.create_task(self._read(target.address))
         return self._streams[target.address]
 
     async def _read(self, address: str) -> None:
@@ -102,7 +117,7 @@ class Gateway:
         self._send(moved.target, followed)
 
     async def close(self) -> None:
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.cancel()
         for stream in self._streams.values():
             await stream.close()
