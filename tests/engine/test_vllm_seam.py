@@ -38,6 +38,8 @@ NAMES = [
     ("vllm.plugins", "load_general_plugins"),
     ("vllm.sampling_params", "SamplingParams.verify"),
     ("vllm.usage.usage_lib", "UsageContext.ENGINE_CONTEXT"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
+    ("vllm.v1.core.sched.utils", "check_stop"),
     ("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
     ("vllm.utils.cpu_resource_utils", "_get_cpu_list"),
     ("vllm.utils.cpu_resource_utils", "get_allowed_cpu_list"),
@@ -47,7 +49,12 @@ NAMES = [
     ("vllm.v1.engine.core", "EngineCore.post_step"),
     ("vllm.v1.executor.uniproc_executor", "UniProcExecutor._distributed_args"),
     ("vllm.v1.structured_output", "StructuredOutputManager.grammar_init"),
+    ("vllm.v1.request", "Request.append_output_token_ids"),
+    ("vllm.v1.request", "Request.get_finished_reason"),
+    ("vllm.v1.structured_output", "StructuredOutputManager.accept_tokens"),
     ("vllm.v1.structured_output.request", "StructuredOutputRequest.grammar"),
+    ("vllm.v1.worker.gpu_input_batch", "CachedRequestState"),
+    ("vllm.v1.worker.gpu_model_runner", "CachedRequestState"),
 ]
 
 
@@ -69,6 +76,8 @@ def test_names_set_at_run_time_are_still_set_there(vllm: SimpleNamespace) -> Non
         "self.batch_queue",
     ):
         assert f"{name} = " in core or f"{name}: " in core, name
+    scheduler = inspect.getsource(importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler.__init__)
+    assert "self.max_num_running_reqs = " in scheduler
     executor = importlib.import_module("vllm.v1.executor.uniproc_executor").UniProcExecutor
     assert "self._distributed_args()" in inspect.getsource(executor._init_executor)
     manager = inspect.getsource(importlib.import_module("vllm.v1.structured_output").StructuredOutputManager)
@@ -154,3 +163,78 @@ def test_what_users_sent_is_not_logged_when_a_step_fails(vllm: SimpleNamespace) 
 
     vllm.setup.keep_requests_out_of_logs()
     assert dump_input.logger.disabled
+
+
+# --- resuming (vllm_resume) ----------------------------------------------------------------
+
+
+@pytest.fixture
+def resume(vllm: SimpleNamespace) -> Any:
+    return importlib.import_module("sllm.engine.vllm_resume")
+
+
+def test_the_scheduler_hands_a_workers_request_the_very_prompt_that_it_was_given(resume: Any) -> None:
+    """The output travels in it: a copy would lose the output without a word."""
+    request = made(resume, [5, 6, 7], had=2)
+    data = importlib.import_module("vllm.v1.core.sched.output").NewRequestData.from_request(request, ([],))
+    assert data.prompt_token_ids is request.prompt_token_ids
+    assert isinstance(data.prompt_token_ids, resume.ResumedPrompt)
+
+
+def test_a_request_that_has_had_output_looks_as_if_it_had_been_preempted(resume: Any) -> None:
+    request = made(resume, [5, 6, 7], had=2)
+    resume.replay(request, None)
+    assert list(request.prompt_token_ids) == [5]
+    assert list(request.output_token_ids) == [6, 7]
+    assert list(request.all_token_ids) == [5, 6, 7]
+    assert (request.num_prompt_tokens, request.num_tokens, request.num_computed_tokens) == (1, 3, 0)
+    assert request.prefill_stats is None
+
+
+def test_the_runner_makes_its_state_with_the_name_that_is_replaced(vllm: SimpleNamespace) -> None:
+    runner = importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    source = inspect.getsource(runner.GPUModelRunner._update_states)
+    assert "req_state = CachedRequestState(" in source
+    assert "prompt_token_ids=new_req_data.prompt_token_ids" in source
+
+
+def test_the_runners_state_is_split_and_its_generator_brought_on(resume: Any) -> None:
+    import torch
+
+    state_class = resume._state_class(100)
+    expected = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        torch.randint(0, 2**31, (1,), generator=expected, dtype=torch.long)
+    state = state_class(
+        req_id="1",
+        prompt_token_ids=resume.ResumedPrompt([5], [6, 7]),
+        mm_features=[],
+        sampling_params=None,
+        generator=torch.Generator().manual_seed(3),
+        block_ids=([],),
+        num_computed_tokens=0,
+        output_token_ids=[],
+    )
+    assert (state.prompt_token_ids, state.output_token_ids, state.num_tokens) == ([5], [6, 7], 3)
+    assert torch.equal(state.generator.get_state(), expected.get_state())
+
+
+def test_a_vllm_that_is_made_otherwise_is_refused(resume: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sllm.errors import EngineFailed
+
+    monkeypatch.setattr(resume, "_STATE_FIELDS", {"generator", "no_such_field"})
+    with pytest.raises(EngineFailed, match="no_such_field") as refused:
+        resume.install(100)
+    assert "pip install" in refused.value.hint
+
+
+def made(resume: Any, token_ids: list[int], *, had: int) -> Any:
+    """Return vLLM's Request for one that has had output."""
+    from vllm.sampling_params import SamplingParams
+
+    return resume.Request(
+        request_id="1",
+        prompt_token_ids=resume.ResumedPrompt(token_ids[:-had], token_ids[-had:]),
+        sampling_params=SamplingParams(max_tokens=9),
+        pooling_params=None,
+    )
