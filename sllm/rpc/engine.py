@@ -114,9 +114,13 @@ def _serve_stream(
 
 
 class TokenStream:
-    """The client's end of one token stream. `send` never blocks; iterating `steps` yields them until it breaks."""
+    """The client's end of one token stream. `send` never blocks; iterating `steps` yields them until it breaks.
+
+    `reached` is set once the host is connected: what was sent before a break then may have come to it.
+    """
 
     def __init__(self, call: grpc.aio.StreamStreamCall[bytes, StepOutputs], peer: str) -> None:
+        self.reached = False
         self._call = call
         self._peer = peer
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
@@ -130,6 +134,7 @@ class TokenStream:
         try:
             while True:
                 await self._call.write(await self._outbox.get())
+                self.reached = True
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reader sees why
 
