@@ -97,6 +97,9 @@ class GatewayConfig(_Section):
     log: LogConfig = LogConfig()
     allow_any_key: bool = False
     queue_timeout_s: float = Field(default=300.0, gt=0, description="a held request waits this long at most")
+    recover_timeout_s: float = Field(default=300.0, gt=0, description="so does one whose replica was lost")
+    silence_s: float = Field(default=8.0, gt=0, description="a host with requests that is silent for so long is dead")
+    stall_s: float = Field(default=60.0, gt=0, description="so is one whose engine makes no step; five times its first")
     comment_after_s: float = Field(default=1.0, ge=0, description="then a held stream gets progress comments")
     comment_every_s: float = Field(default=1.0, gt=0)
     max_body_bytes: int = Field(default=10_000_000, gt=0)

@@ -112,6 +112,7 @@ class App:
             comment_after_s=self._config.comment_after_s,
             comment_every_s=self._config.comment_every_s,
         )
+        request.interrupted = reply.expect_pause
         self._dispatcher.open(request)
         try:
             await self._run_front_end(request, body, scope, receive, reply)

@@ -1,8 +1,10 @@
-"""Brings open requests to replicas: at once where there is room, else when there is. Decides what a failure means.
+"""Brings open requests to replicas: at once where there is room, else when there is; and to other replicas when theirs
+hands them over (a planned move), turns them away or is lost.
 
-A request that has had no token yet is moved when its replica turned it away or was lost; one that has had tokens fails.
-Requests of this gateway that wait for a deployment are served in order: room that a finished request leaves goes to
-the first of them without asking the controller.
+Wherever a request goes on, it goes on from its journals: the tokens that have come are in them, and nothing else of the
+old replica is needed. What failures mean is decided in `recovery`. Requests of this gateway that wait for a deployment
+are served in order, those that have had tokens first: room that a finished request leaves goes to the first of them
+without asking the controller.
 """
 
 from __future__ import annotations
@@ -14,27 +16,33 @@ from collections.abc import Iterable
 
 from sllm.core.ids import DeploymentName, ReplicaId, RequestId
 from sllm.core.route import RouteTarget
-from sllm.errors import EngineFailed, NotFound, OperationFailed, SllmError, StaleGeneration, Unavailable
+from sllm.errors import EngineFailed, NotFound, OperationFailed, SllmError, Unavailable
 from sllm.gateway.balancer import choose, is_stranded
-from sllm.gateway.connections import Connection, Connections
+from sllm.gateway.connection import Connection
+from sllm.gateway.connections import Connections
 from sllm.gateway.hold import Hold
 from sllm.gateway.open_requests import OpenRequests
+from sllm.gateway.recovery import Trouble, Verdict, trouble_of
 from sllm.gateway.request import OpenRequest, Sequence
 from sllm.gateway.routes import Routes
 
 log = logging.getLogger(__name__)
 
-_MAX_MOVES = 3
+_MAX_RESTARTS = 3
 _ASK_AGAIN_S = 1.0
 
 
 class Dispatcher:
-    """Counts how many requests run on each replica; `requests` are all that are open."""
+    """Counts how many requests run on each replica; `requests` are all that are open.
 
-    def __init__(self, *, routes: Routes, connections: Connections, hold: Hold) -> None:
+    A request that has lost its replica has `recover_timeout_s` to go on elsewhere.
+    """
+
+    def __init__(self, *, routes: Routes, connections: Connections, hold: Hold, recover_timeout_s: float) -> None:
         self._routes = routes
         self._connections = connections
         self._hold = hold
+        self._recover_timeout_s = recover_timeout_s
         self.requests = OpenRequests()
         self._held: dict[DeploymentName, dict[RequestId, OpenRequest]] = {}
         self._load: Counter[ReplicaId] = Counter()
@@ -104,20 +112,32 @@ class Dispatcher:
 
     def failed(self, sequence: Sequence, connection: Connection, error: SllmError) -> None:
         request, target = sequence.request, connection.target
-        if request.is_over or request.target is None or request.target.replica != target.replica:
-            return  # this request is past that replica already
-        if request.output_tokens == 0 and isinstance(error, Unavailable | StaleGeneration):
-            self._move(request, error)
-        elif connection.broken:
-            self.fail(request, EngineFailed(f"{target.replica} on {target.node} was lost: {error.message}"))
-        else:
-            self.fail(request, error)
+        if request.is_over or request.target is None or sequence.connection is not None:
+            return  # with another of its sequences this request is past that replica already
+        trouble = trouble_of(error, broken=connection.broken, reached=connection.reached)
+        if connection.broken:
+            error = EngineFailed(f"{target.replica} on {target.node} was lost: {error.message}")
+        self._recover(request, target, trouble, error)
+
+    def moved(self, request: OpenRequest, connection: Connection, target: RouteTarget) -> None:
+        source = request.target
+        if request.is_over or source is None or source.replica != connection.target.replica:
+            return
+        if target.revision != source.revision and not request.accepts(target.revision):
+            error = EngineFailed(f"it was moved to {target.replica}, which serves another revision")
+            self._recover(request, source, Trouble.DIED, error)
+            return
+        log.info("%s goes on on %s, not on %s", request.id, target.replica, source.replica)
+        self._take_off(request)
+        request.interrupted()
+        self._place(request, target)
+        self._offer_room(request.deployment)
 
     # --- placing -----------------------------------------------------------------------------
 
     def _place_or_hold(self, request: OpenRequest) -> None:
-        held = self._held.get(request.deployment)
-        target = None if held else self._room_for(request)
+        must_wait = request.output_tokens == 0 and request.deployment in self._held
+        target = None if must_wait else self._room_for(request)
         if target is not None:
             self._place(request, target)
             return
@@ -137,9 +157,8 @@ class Dispatcher:
 
     def _run(self, request: OpenRequest, target: RouteTarget, sequences: list[Sequence]) -> None:
         if request.target is None:
-            request.target = target
+            request.place(target)
             self._load[target.replica] += 1
-            request.phase, request.progress = "running", None
         connection = self._connections.to(target, self)
         for sequence in sequences:
             connection.start(sequence)
@@ -163,23 +182,32 @@ class Dispatcher:
             else:
                 self._restart(request, target.revision)
 
-    def _move(self, request: OpenRequest, error: SllmError) -> None:
-        assert request.target is not None
-        if request.moves == _MAX_MOVES:
-            self.fail(request, Unavailable(f"{request.deployment!r}: {error.message}", retry_after_s=1.0))
+    def _recover(self, request: OpenRequest, lost: RouteTarget, trouble: Trouble, error: SllmError) -> None:
+        """Have a request go on elsewhere that cannot where it runs, or end it with `error`."""
+        verdict = request.troubles.add(trouble, request.output_tokens)
+        if verdict is Verdict.FAIL:
+            self.fail(request, _last_word(request, trouble, error))
             return
-        log.info("%s is moved away from %s: %s", request.id, request.target.replica, error.message)
-        request.moves += 1
-        request.avoid.add(request.target.replica)
-        self._release(request)
+        log.info("%s goes on elsewhere, not on %s: %s", request.id, lost.replica, error.message)
+        if verdict is Verdict.GO_ON_AFRESH:
+            request.deadline = asyncio.get_running_loop().time() + self._recover_timeout_s
+            request.avoid.clear()
+        request.avoid.add(lost.replica)
+        request.interrupted()
+        self._take_off(request)
         self._place_or_hold(request)
+        self._offer_room(request.deployment)
 
     def _restart(self, request: OpenRequest, revision: int) -> None:
         """Only replicas of another revision are there: its tokens mean nothing to them. It must be tokenised anew."""
-        if request.moves == _MAX_MOVES:
+        if request.output_tokens:
+            gone = f"{request.deployment!r} was replaced: no replica of revision {revision} can go on with this answer"
+            self.fail(request, Unavailable(gone, retry_after_s=1.0))
+            return
+        if request.restarts == _MAX_RESTARTS:
             self.fail(request, Unavailable(f"{request.deployment!r} is being replaced", retry_after_s=1.0))
             return
-        request.moves += 1
+        request.restarts += 1
         request.restart, request.revision = True, revision
         self._stop_as_failed(request)
 
@@ -199,19 +227,25 @@ class Dispatcher:
             sequence.put_failure()
 
     def _release(self, request: OpenRequest) -> None:
-        """Take a request off its replica; its sequences are not forgotten."""
+        """Take a request off its replica for good."""
+        if self._take_off(request):
+            self._offer_room(request.deployment)
+
+    def _take_off(self, request: OpenRequest) -> bool:
+        """Take a request off its replica, if it is on one; its sequences are not forgotten."""
         running: dict[Connection, list[Sequence]] = {}
         for sequence in request.sequences.values():
             if sequence.connection is not None:
                 running.setdefault(sequence.connection, []).append(sequence)
         for connection, sequences in running.items():
             connection.abort(sequences)
-        if request.target is not None:
-            replica, request.target = request.target.replica, None
-            self._load[replica] -= 1
-            if not self._load[replica]:
-                del self._load[replica]
-            self._offer_room(request.deployment)
+        if request.target is None:
+            return False
+        replica, request.target = request.target.replica, None
+        self._load[replica] -= 1
+        if not self._load[replica]:
+            del self._load[replica]
+        return True
 
     def _settle(self, request: OpenRequest) -> None:
         if not request.sequences:
@@ -228,7 +262,8 @@ class Dispatcher:
             asking.cancel()
 
     def _offer_room(self, deployment: DeploymentName) -> None:
-        for request in list(self._held.get(deployment, {}).values()):
+        held = self._held.get(deployment, {}).values()
+        for request in sorted(held, key=lambda each: each.output_tokens == 0):
             target = self._room_for(request)
             if target is not None:
                 self._place(request, target)
@@ -248,3 +283,12 @@ class Dispatcher:
                     self.fail(request, NotFound(f"the model {deployment!r} was deleted"))
             else:
                 self._offer_room(deployment)
+
+
+def _last_word(request: OpenRequest, trouble: Trouble, error: SllmError) -> SllmError:
+    """Return what its client is told of a request that goes on nowhere any more."""
+    if trouble is Trouble.DIED:
+        return EngineFailed(f"{error.message}; so ended {request.troubles.deaths} replicas in a row with this request")
+    if trouble is Trouble.REFUSED:
+        return Unavailable(f"{request.deployment!r}: {error.message}", retry_after_s=1.0)
+    return error

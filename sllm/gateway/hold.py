@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Protocol, cast
 
 from sllm.core.route import RouteTarget
-from sllm.errors import DeadlineExceeded, Unavailable
+from sllm.errors import DeadlineExceeded, QueueFull, Unavailable
 from sllm.gateway.request import OpenRequest
 from sllm.gateway.routes import Routes
 from sllm.rpc.routes import AcquireRequest, AcquireUpdate
@@ -48,7 +48,9 @@ class Hold:
         while True:
             try:
                 return await self._ask(request)
-            except Unavailable as error:
+            except (Unavailable, QueueFull) as error:
+                if isinstance(error, QueueFull) and not request.output_tokens:
+                    raise  # its client may try elsewhere; one with half an answer cannot
                 if request.deadline - asyncio.get_running_loop().time() < retry_s:
                     raise
                 request.phase, request.progress = f"waiting: {error.message}", None

@@ -2,6 +2,9 @@
 
 Every output says at which position it begins. The one check that counts is here, at the reader: what is behind the
 journal is dropped, what is ahead of it is an error.
+
+It holds token ids and nothing else: no text, no logprobs. Its integers are those that the front end keeps too, so a
+token costs eight bytes here, and a sequence has no more of them than its model's `max_model_len`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Journal:
         have = len(self.tokens)
         if output.position == have:  # the usual case, and the hot one
             self.tokens += output.token_ids
-            return output
+            return output if output.prefill is None or not have else _without_prompt(output)
         if output.position > have:
             raise EngineFailed(f"the engine's output has a gap: token {have} was due, {output.position} came")
         return self._accept_overlap(output, seen=have - output.position)
@@ -35,13 +38,16 @@ class Journal:
         if not fresh and output.finish is None:
             return None
         return replace(
-            output,
+            _without_prompt(output),
             position=len(self.tokens) - len(fresh),
             token_ids=fresh,
             logprobs=_last_rows(output.logprobs, len(fresh)),
-            prompt_logprobs=None,
-            prefill=None,
         )
+
+
+def _without_prompt(output: TokenOutput) -> TokenOutput:
+    """Return an output without what is told of a prompt, once, with the first token."""
+    return replace(output, prompt_logprobs=None, prefill=None)
 
 
 def _last_rows(logprobs: Logprobs | None, rows: int) -> Logprobs | None:

@@ -70,9 +70,16 @@ class Gateway:
         self._incarnation = os.urandom(8).hex()  # tells this process from others of its name
         self._controller = RouteClient(config.controller, tls, peer="the controller")
         self._routes = Routes(self._controller, config.name)
-        self._connections = Connections(gateway=config.name, tls=tls)
+        self._connections = Connections(
+            gateway=config.name, tls=tls, silence_s=config.silence_s, stall_s=config.stall_s
+        )
         hold = Hold(self._controller, self._routes, gateway=config.name)
-        self.dispatcher = Dispatcher(routes=self._routes, connections=self._connections, hold=hold)
+        self.dispatcher = Dispatcher(
+            routes=self._routes,
+            connections=self._connections,
+            hold=hold,
+            recover_timeout_s=config.recover_timeout_s,
+        )
         files = ExecutionFiles(
             config.state_dir / "execution", lambda address: AgentClient(address, tls, peer="the agent")
         )

@@ -17,7 +17,10 @@ from sllm.gateway.request import Batch, OpenRequest, Sequence, current_request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A sequence as its front end asks for it: `key` is the front end's name of it, `sampling_params` is JSON."""
+    """A sequence as its front end asks for it: `key` is the front end's name of it, `sampling_params` is JSON.
+
+    `max_tokens` bounds its output; 0: it is not known.
+    """
 
     key: str
     prompt: list[int]
@@ -25,6 +28,7 @@ class Order:
     cache_salt: str = ""
     arrival_time: float = 0.0
     reasoning_ended: bool | None = None
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class RemoteEngine:
             cache_salt=order.cache_salt,
             arrival_time=order.arrival_time,
             reasoning_ended=order.reasoning_ended,
+            max_tokens=order.max_tokens,
         )
         self._sequences[order.key] = sequence
         self._dispatcher.submit(sequence)

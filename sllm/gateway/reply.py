@@ -1,8 +1,9 @@
 """What reaches the client of a front end's answer: it stands between the front end and the server as ASGI's `send`.
 
 The beginning of an answer is held back until there is something to send, so that what goes wrong before has an HTTP
-status of its own. A stream that waits longer gets comment lines; from then on, and from the first token on, an error is
-an event in the stream, and the body is left unfinished, because a client sees no error in a body that just ends.
+status of its own. A stream that waits longer gets comment lines, also in its middle; from then on, and from the first
+token on, an error is an event in the stream, and the body is left unfinished, because a client sees no error in a body
+that just ends.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Reply:
         self._send = send
         self._request = request
         self._headers = headers
+        self._comment_after_s = comment_after_s
         self._comment_every_s = comment_every_s
         self._start: Message | None = None  # the front end's, held back
         self._begun = False  # the client has had the beginning of an answer
@@ -40,8 +42,7 @@ class Reply:
         self._timer: asyncio.TimerHandle | None = None
         self.broken = False
         if request.streaming:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(comment_after_s, self._begin_comments)
+            self._await_comments()
 
     async def __call__(self, message: Message) -> None:
         """Take a message of the front end."""
@@ -68,6 +69,15 @@ class Reply:
     def reopen(self) -> None:
         """Forget what the front end has said; another one will answer."""
         self._start, self._over = None, False
+
+    def expect_pause(self) -> None:
+        """Nothing may come for a while in the middle of an answer: a stream gets comments until it goes on."""
+        if self._passing and self._request.streaming:
+            self._passing = False  # the next token ends them, off the hot path
+            self._await_comments()
+
+    def _await_comments(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._comment_after_s, self._begin_comments)
 
     def stop_comments(self) -> None:
         if self._timer is not None:
@@ -122,9 +132,10 @@ class Reply:
         self._commenting = asyncio.create_task(self._comment())
 
     async def _comment(self) -> None:
-        self._begun = True
-        headers = [_EVENT_STREAM, (b"cache-control", b"no-cache"), *self._headers]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        if not self._begun:
+            self._begun = True
+            headers = [_EVENT_STREAM, (b"cache-control", b"no-cache"), *self._headers]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         while True:
             line = f": {_progress(self._request)}\n\n".encode()
             await self._send({"type": "http.response.body", "body": line, "more_body": True})

@@ -14,13 +14,16 @@ from sllm.core.route import RouteTarget
 from sllm.core.tokens import Finish, FinishReason, TokenOutput
 from sllm.errors import SllmError
 from sllm.gateway.journal import Journal
+from sllm.gateway.recovery import Troubles
 
 if TYPE_CHECKING:
-    from sllm.gateway.connections import Connection
+    from sllm.gateway.connection import Connection
 
 Batch = list[tuple[str, TokenOutput]]
 
 _FAILED = Finish(reason=FinishReason.ERROR)
+# How much the latest token weighs in a sequence's interval.
+_LATEST = 0.2
 
 
 class Sink(Protocol):
@@ -33,7 +36,8 @@ class Sink(Protocol):
 class Sequence:
     """One choice for one prompt, as the engine sees it. `key` is how its front end names it.
 
-    `connection` is set while an engine works on it.
+    `connection` is set while an engine works on it. `interval_s` is the time between its tokens, smoothed; `last_at`
+    is when the last one came of the engine that works on it now.
     """
 
     key: str
@@ -44,8 +48,20 @@ class Sequence:
     cache_salt: str = ""
     arrival_time: float = 0.0
     reasoning_ended: bool | None = None
+    max_tokens: int = 0
     connection: Connection | None = None
     stream_id: int = 0
+    interval_s: float = 0.0
+    last_at: float | None = None
+
+    def advance(self, tokens: int, now: float) -> None:
+        """Note that tokens have come."""
+        if not tokens:
+            return
+        if self.last_at is not None:
+            latest_s = (now - self.last_at) / tokens
+            self.interval_s = self.interval_s + _LATEST * (latest_s - self.interval_s) if self.interval_s else latest_s
+        self.last_at = now
 
     def put_failure(self) -> None:
         """Tell the front end that the sequence failed; why is in its request."""
@@ -57,13 +73,19 @@ def _accepts_all(revision: int) -> bool:
     return True
 
 
+def _tell_nobody() -> None:
+    pass
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class OpenRequest:
     """One request of a client, from its arrival until its answer is over.
 
     `sequences` are those not yet finished (n choices are n sequences of one request, on one replica).
-    `failure` is the first thing that went wrong; `restart` says that it must be tokenised anew, by the front end of
-    `revision`. `deadline` is on the event loop's clock and holds only until the request runs.
+    `failure` is what ended it; `restart` says that it must be tokenised anew, by the front end of `revision`, which is
+    only done before its first token. `deadline` is on the event loop's clock and holds while it waits for a replica.
+    `interrupted` is called when its tokens stop coming for a while. `moves` counts how often it went on on another
+    replica than `ran_on`; `troubles` are why, and `avoid` where not to go again.
     """
 
     id: RequestId
@@ -80,11 +102,16 @@ class OpenRequest:
     failure: SllmError | None = None
     restart: bool = False
     revision: int | None = None
+    restarts: int = 0
     closed: bool = False
+    interrupted: Callable[[], None] = _tell_nobody
     moves: int = 0
+    ran_on: ReplicaId | None = None
+    troubles: Troubles = field(default_factory=Troubles)
     avoid: set[ReplicaId] = field(default_factory=set)
     prompts: list[list[int]] = field(default_factory=list)
     finished_tokens: int = 0
+    max_tokens: int = 0
 
     @property
     def output_tokens(self) -> int:
@@ -101,6 +128,7 @@ class OpenRequest:
 
     def add(self, sequence: Sequence) -> None:
         self.sequences[sequence.key] = sequence
+        self.max_tokens += sequence.max_tokens
         if not any(prompt is sequence.journal.prompt for prompt in self.prompts):
             self.prompts.append(sequence.journal.prompt)
 
@@ -112,6 +140,14 @@ class OpenRequest:
         """Begin anew, after `restart`."""
         self.restart = False
         self.prompts.clear()
+        self.max_tokens = 0
+
+    def place(self, target: RouteTarget) -> None:
+        """It runs at `target` from now on."""
+        self.target = target
+        self.phase, self.progress = "running", None
+        self.moves += self.ran_on not in (None, target.replica)
+        self.ran_on = target.replica
 
     def row(self) -> RequestRow:
         """Return what is reported of it."""
@@ -123,6 +159,9 @@ class OpenRequest:
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             started_at=self.started_at,
+            max_tokens=self.max_tokens,
+            interval_s=max((s.interval_s for s in self.sequences.values()), default=0.0),
+            moves=self.moves,
         )
 
 

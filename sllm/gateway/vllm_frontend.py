@@ -12,6 +12,7 @@ import functools
 import gc
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -64,23 +65,24 @@ def prepare() -> None:
     gc.freeze()  # what was imported need not be walked by every collection
 
 
-_engine_to_use: ContextVar[RemoteEngine] = ContextVar("_engine_to_use")
+_client_to_use: ContextVar[_Client] = ContextVar("_client_to_use")
 
 
 def _make_client(*_: object, **__: object) -> EngineCoreClient:
-    return _Client(_engine_to_use.get())
+    return _client_to_use.get()
 
 
 class _Client(EngineCoreClient):
-    """AsyncLLM's view of a RemoteEngine."""
+    """AsyncLLM's view of a RemoteEngine. `draw_seed` gives seeds for what is sampled without one."""
 
-    def __init__(self, engine: RemoteEngine) -> None:
+    def __init__(self, engine: RemoteEngine, draw_seed: Callable[[], int]) -> None:
         self._engine = engine
+        self._draw_seed = draw_seed
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
 
     async def add_request_async(self, request: Any) -> None:
-        order, problem = order_of(request), problem_with(request)
+        order, problem = order_of(request, self._draw_seed), problem_with(request)
         if problem is None:
             self._engine.add(order)
         else:
@@ -100,18 +102,24 @@ class _Client(EngineCoreClient):
 
 
 class VllmBuilder:
-    """Makes vLLM front ends from execution files."""
+    """Makes vLLM front ends from execution files. `random_bytes(n)` is where seeds come from."""
 
-    def __init__(self, files: ExecutionFiles, dispatcher: Submitter) -> None:
+    def __init__(
+        self, files: ExecutionFiles, dispatcher: Submitter, random_bytes: Callable[[int], bytes] = os.urandom
+    ) -> None:
         self._files = files
         self._dispatcher = dispatcher
+        self._random_bytes = random_bytes
+
+    def _draw_seed(self) -> int:
+        return int.from_bytes(self._random_bytes(8)) >> 1  # vLLM's seeds are signed, and -1 is none
 
     async def __call__(self, recipe: Recipe, sources: tuple[str, ...]) -> FrontEnd:
         folder = await self._files.folder_of(recipe.digest, sources)
-        engine = RemoteEngine(self._dispatcher)
+        client = _Client(RemoteEngine(self._dispatcher), self._draw_seed)
         try:
             args = _parse(recipe, folder)
-            llm = await asyncio.to_thread(_make_llm, args, engine, _architectures(folder))
+            llm = await asyncio.to_thread(_make_llm, args, client, _architectures(folder))
             app = build_app(args, _TASKS, llm.model_config)
             # The layers around the routes (CORS, metrics) would each be passed by every token.
             app.user_middleware.clear()
@@ -157,8 +165,8 @@ def _import_architecture(name: str) -> None:
         ModelRegistry.register_model(name, registered.load_model_cls())
 
 
-def _make_llm(args: Any, engine: RemoteEngine, architectures: list[str]) -> Any:
-    _engine_to_use.set(engine)
+def _make_llm(args: Any, client: _Client, architectures: list[str]) -> Any:
+    _client_to_use.set(client)
     for name in architectures:
         _import_architecture(name)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)

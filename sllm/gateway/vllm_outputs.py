@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from vllm.sampling_params import SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine import FinishReason as VllmFinishReason
 from vllm.v1.metrics.stats import PrefillStats
@@ -28,16 +31,29 @@ _FINISH: dict[FinishReason, Any] = {
 _OURS = "sllm_"
 
 
-def order_of(request: Any) -> Order:
-    """Return what a front end asks its engine for (an EngineCoreRequest), as a value."""
+def order_of(request: Any, draw_seed: Callable[[], int]) -> Order:
+    """Return what a front end asks its engine for (an EngineCoreRequest), as a value.
+
+    What is to be sampled without a seed gets one of its own, so that any engine that goes on with it draws the same.
+    """
+    params = request.sampling_params
     return Order(
         key=request.request_id,
         prompt=request.prompt_token_ids or [],
-        sampling_params=msgspec.json.encode(_cleaned(request.sampling_params)),
+        sampling_params=msgspec.json.encode(_seeded(_cleaned(params), draw_seed)),
         cache_salt=request.cache_salt or "",
         arrival_time=request.arrival_time,
         reasoning_ended=request.reasoning_ended,
+        max_tokens=(params and params.max_tokens) or 0,
     )
+
+
+def _seeded(params: Any, draw_seed: Callable[[], int]) -> Any:
+    if params is None or params.sampling_type is not SamplingType.RANDOM:
+        return params
+    own = copy.copy(params)  # the front end shares one among the choices of a request
+    own.seed = draw_seed()
+    return own
 
 
 def problem_with(request: Any) -> InvalidArgument | None:
@@ -53,7 +69,7 @@ def problem_with(request: Any) -> InvalidArgument | None:
 
 
 def _cleaned(params: Any) -> Any:
-    extra = params.extra_args
+    extra = params.extra_args if params is not None else None
     if not extra or not any(name.startswith(_OURS) for name in extra):
         return params
     clone = params.clone()

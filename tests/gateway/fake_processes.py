@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sllm.core.checkpoint import ExecutionFile
-from sllm.core.route import Route, RouteTable
+from sllm.core.migration import MigrationOrder, MigrationReport, Round
+from sllm.core.route import Route, RouteTable, RouteTarget
 from sllm.core.tokens import (
     AbortRequests,
     ClientFrame,
     Finish,
     FinishReason,
     Logprobs,
+    Moved,
     OpenStream,
     Prefill,
     StepOutputs,
@@ -27,7 +29,7 @@ from sllm.core.tokens import (
 from sllm.errors import NotFound, SllmError, StaleGeneration
 from sllm.rpc.agents import GetExecutionFilesRequest
 from sllm.rpc.control import Empty
-from sllm.rpc.engine import AttachRequest, HostStatus, StopRequest
+from sllm.rpc.engine import AttachRequest, HostStatus, RecomputeRequest, StopRequest
 from sllm.rpc.routes import AcquireRequest, AcquireUpdate, ReportLoadRequest, WatchRoutesRequest
 
 # The tokenizer of the tests: byte b is token b + 3.
@@ -127,13 +129,23 @@ class Running:
 
 @dataclass
 class FakeHost:
-    """An EngineService. `script` may change each output before it goes out, or raise to break the stream."""
+    """An EngineService. `script` may change each output before it goes out, or raise to break the stream.
+
+    A request one of whose sequences is at a position of `moves` is handed over, with the step that brought it there;
+    `skew` is how wrong the positions are that it tells then, and one that is `forgetful` goes on with it all the same.
+    While `go` is not set it makes no step, but gives a sign of life every `beat_s`.
+    """
 
     answer: list[int] = field(default_factory=lambda: tokens_of("Hello there."))
     generation: int = 1
     go: asyncio.Event = field(default_factory=asyncio.Event)
     script: Callable[[TokenOutput], TokenOutput] = lambda output: output
     refuse_with: SllmError | None = None
+    moves: dict[int, RouteTarget] = field(default_factory=dict)
+    skew: int = 0
+    forgetful: bool = False
+    beat_s: float | None = None
+    steps: int = 0
     streams: int = 0
     requests: list[TokenRequest] = field(default_factory=list)
     running: dict[int, Running] = field(default_factory=dict)
@@ -149,6 +161,12 @@ class FakeHost:
 
     async def stop(self, request: StopRequest) -> Empty:
         return Empty()
+
+    def migrate(self, request: MigrationOrder) -> AsyncIterator[MigrationReport]:
+        raise NotImplementedError
+
+    async def recompute(self, request: RecomputeRequest) -> Round:
+        raise NotImplementedError
 
     async def stream(self, frames: AsyncIterator[ClientFrame]) -> AsyncIterator[StepOutputs]:
         self.streams += 1
@@ -169,18 +187,45 @@ class FakeHost:
                         reading.result()
                         return
                     continue
-                await self.go.wait()
+                if not await self._may_step():
+                    yield StepOutputs(steps=self.steps)
+                    continue
+                self.steps += 1
+                moves = self._leaving(running)
                 outputs = [self.script(self._output(r)) for r in list(running.values())]
                 for output in outputs:
                     if output.finish is not None:
                         running.pop(output.stream_id, None)
-                yield StepOutputs(outputs=outputs, timestamp=1.0)
+                moves += self._leaving(running)
+                yield StepOutputs(outputs=outputs, moves=moves, timestamp=1.0, steps=self.steps)
                 await asyncio.sleep(0)
         finally:
             reading.cancel()
             running.clear()
             async with self.changed:
                 self.changed.notify_all()
+
+    async def _may_step(self) -> bool:
+        try:
+            await asyncio.wait_for(self.go.wait(), self.beat_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _leaving(self, running: dict[int, Running]) -> list[Moved]:
+        targets = {r.request.request_id: self.moves[r.position] for r in running.values() if r.position in self.moves}
+        leaving = [r for r in running.values() if r.request.request_id in targets]
+        for r in leaving:
+            if not self.forgetful:
+                del running[r.request.stream_id]
+        return [
+            Moved(
+                stream_id=r.request.stream_id,
+                position=r.position + self.skew,
+                target=targets[r.request.request_id],
+            )
+            for r in leaving
+        ]
 
     async def _read(self, frames: AsyncIterator[ClientFrame], running: dict[int, Running], news: asyncio.Event) -> None:
         async for frame in frames:
@@ -190,7 +235,8 @@ class FakeHost:
                         raise StaleGeneration("another generation")
                 case TokenRequest():
                     self.requests.append(frame)
-                    running[frame.stream_id] = Running(frame, json.loads(frame.sampling_params))
+                    params = json.loads(frame.sampling_params)
+                    running[frame.stream_id] = Running(frame, params, frame.num_output_tokens)
                 case AbortRequests():
                     for stream_id in frame.stream_ids:
                         running.pop(stream_id, None)
@@ -203,7 +249,7 @@ class FakeHost:
         if self.refuse_with is not None:
             finish = Finish(reason=FinishReason.ERROR, error=self.refuse_with)
             return TokenOutput(stream_id=stream_id, position=position, token_ids=[], finish=finish)
-        token = [*self.answer, EOS][position]
+        token = [*self.answer, *tokens_of(r.params.get("suffix", "")), EOS][position]
         r.position += 1
         finish = None
         if token == EOS:
@@ -211,14 +257,15 @@ class FakeHost:
         elif r.position == r.params.get("max_tokens", 16):
             finish = Finish(reason=FinishReason.LENGTH)
         prompt = r.request.token_ids
+        first = position == r.request.num_output_tokens
         return TokenOutput(
             stream_id=stream_id,
             position=position,
             token_ids=[token],
             finish=finish,
             logprobs=_logprobs([token], r.params.get("logprobs")),
-            prompt_logprobs=_logprobs(prompt[1:], r.params.get("prompt_logprobs")) if position == 0 else None,
-            prefill=Prefill(num_prompt_tokens=len(prompt), num_cached_tokens=0) if position == 0 else None,
+            prompt_logprobs=_logprobs(prompt[1:], r.params.get("prompt_logprobs")) if first else None,
+            prefill=Prefill(num_prompt_tokens=len(prompt), num_cached_tokens=0) if first else None,
         )
 
 

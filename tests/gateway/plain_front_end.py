@@ -26,7 +26,7 @@ class PlainFrontEnd:
         self.recipe = recipe
         self.healthy = True
         self.closed = False
-        self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._queues: dict[str, asyncio.Queue[tuple[str, TokenOutput]]] = {}
         self._pump = asyncio.create_task(self._run())
         self._count = 0
 
@@ -35,7 +35,7 @@ class PlainFrontEnd:
             step = await self.engine.step()
             for key, output in step.batch:
                 if key in self._queues:
-                    self._queues[key].put_nowait(output)
+                    self._queues[key].put_nowait((key, output))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         body = json.loads((await receive())["body"])
@@ -58,11 +58,13 @@ class PlainFrontEnd:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         text, failed = "", False
         try:
-            async for output in self._outputs(keys, body):
+            async for key, output in self._outputs(keys, body):
                 failed = failed or (output.finish is not None and output.finish.reason is FinishReason.ERROR)
                 text += text_of(output.token_ids)
                 if stream and not failed:
-                    await self._event(send, {"id": scopeless(body), "text": text_of(output.token_ids)})
+                    choice = int(key.partition(".")[2])
+                    event = {"id": scopeless(body), "choice": choice, "text": text_of(output.token_ids)}
+                    await self._event(send, event)
                 if failed:
                     break
         finally:
@@ -76,18 +78,21 @@ class PlainFrontEnd:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _outputs(self, keys: list[str], body: dict[str, Any]) -> AsyncIterator[TokenOutput]:
-        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
+    async def _outputs(self, keys: list[str], body: dict[str, Any]) -> AsyncIterator[tuple[str, TokenOutput]]:
+        queue: asyncio.Queue[tuple[str, TokenOutput]] = asyncio.Queue()
         prompt = tokens_of(body.get("prompt", "?"))
-        params = json.dumps({"max_tokens": body.get("max_tokens", 100)}).encode()
-        for key in keys:
+        max_tokens = body.get("max_tokens", 100)
+        for i, key in enumerate(keys):
+            params = {"max_tokens": max_tokens, "suffix": body.get("suffixes", [""] * len(keys))[i]}
             self._queues[key] = queue
-            self.engine.add(Order(key=key, prompt=prompt, sampling_params=params))
+            self.engine.add(
+                Order(key=key, prompt=prompt, sampling_params=json.dumps(params).encode(), max_tokens=max_tokens)
+            )
         left = len(keys)
         while left:
-            output = await queue.get()
+            key, output = await queue.get()
             left -= output.finish is not None
-            yield output
+            yield key, output
 
     async def _event(self, send: Send, document: dict[str, Any]) -> None:
         body = b"data: " + json.dumps(document).encode() + b"\n\n"

@@ -1,4 +1,4 @@
-"""What goes wrong on the way of tokens: moved where nothing was seen yet, else an error, never a short answer."""
+"""What goes wrong on the way of tokens for good: an error that the client sees, never a short answer."""
 
 import asyncio
 import itertools
@@ -47,15 +47,28 @@ def break_stream(output: TokenOutput) -> TokenOutput:
     raise Unavailable("the host is going down")
 
 
+async def publish_failing(
+    cluster: Any, a_route: Any, change: Callable[[TokenOutput], TokenOutput], *, after_outputs: int
+) -> None:
+    """Serve by a replica that fails after some outputs, and by one that then fails at once: nobody can go on."""
+    _, first = await cluster.host("rep-1", script=after(after_outputs, change))
+    _, second = await cluster.host("rep-2", script=change)
+    await cluster.publish(a_route("m", first, second))
+
+
+async def until_idle(cluster: Any) -> None:
+    for host in cluster.hosts.values():
+        await host.until_running(0)
+    assert not cluster.gateway.dispatcher._load
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_engines_own_reason_is_the_answer(cluster: Any, a_route: Any, stream: bool) -> None:
-    host, target = await cluster.host()
-    host.script = fail
-    await cluster.publish(a_route("m", target))
+    await publish_failing(cluster, a_route, fail, after_outputs=0)
     answer = await cluster.http.post(COMPLETIONS, json={**ASKED, "stream": stream})
     assert answer.status_code == 503
     assert answer.json()["error"] == {
-        "message": "CUDA error: an illegal memory access",
+        "message": "CUDA error: an illegal memory access; so ended 2 replicas in a row with this request",
         "type": "service_unavailable_error",
         "param": None,
         "code": "engine_failed",
@@ -76,15 +89,14 @@ async def test_what_the_engine_cannot_accept_is_the_callers_fault(cluster: Any, 
         (fail, "CUDA error"),
         (give_up, "gave up the request: abort"),
         (skip_one, "has a gap: token 3 was due, 4 came"),
-        (break_stream, "rep-1 on node-1 was lost: the host is going down"),
+        (break_stream, "rep-2 on node-1 was lost: the host is going down"),
     ],
 )
 class TestMidStream:
     async def test_the_error_is_in_the_stream_and_the_body_is_cut(
         self, cluster: Any, a_route: Any, change: Any, reason: str
     ) -> None:
-        host, target = await cluster.host(script=after(3, change))
-        await cluster.publish(a_route("m", target))
+        await publish_failing(cluster, a_route, change, after_outputs=3)
         async with cluster.raw_post(COMPLETIONS, STREAMED) as answer:
             whole = await answer.read()
         head, _, body = whole.partition(b"\r\n\r\n")
@@ -94,19 +106,17 @@ class TestMidStream:
         assert reason.encode() in body
         assert b"[DONE]" not in body
         assert not body.endswith(b"0\r\n\r\n"), "a body that ends properly is taken for a whole answer"
-        await host.until_running(0)
+        await until_idle(cluster)
 
     async def test_an_http_client_that_reads_no_events_notices_too(
         self, cluster: Any, a_route: Any, change: Any, reason: str
     ) -> None:
-        _, target = await cluster.host(script=after(3, change))
-        await cluster.publish(a_route("m", target))
+        await publish_failing(cluster, a_route, change, after_outputs=3)
         with pytest.raises(httpx.RemoteProtocolError):
             await cluster.http.post(COMPLETIONS, json=STREAMED)
 
     async def test_openais_client_raises_it(self, cluster: Any, a_route: Any, change: Any, reason: str) -> None:
-        _, target = await cluster.host(script=after(3, change))
-        await cluster.publish(a_route("m", target))
+        await publish_failing(cluster, a_route, change, after_outputs=3)
         async with openai.AsyncOpenAI(base_url=f"{cluster.http.base_url}/v1", api_key="any", max_retries=0) as client:
             stream = await client.completions.create(model="m", prompt="x", stream=True)
             with pytest.raises(openai.APIError, match=reason):
@@ -114,19 +124,16 @@ class TestMidStream:
                     pass
 
     async def test_a_whole_answer_becomes_an_error(self, cluster: Any, a_route: Any, change: Any, reason: str) -> None:
-        _, target = await cluster.host(script=after(3, change))
-        await cluster.publish(a_route("m", target))
+        await publish_failing(cluster, a_route, change, after_outputs=3)
         answer = await cluster.http.post(COMPLETIONS, json=ASKED)
         assert answer.status_code == 503
         assert reason in answer.json()["error"]["message"]
 
     async def test_all_choices_fail_with_one(self, cluster: Any, a_route: Any, change: Any, reason: str) -> None:
-        host, target = await cluster.host(script=after(7, change))
-        await cluster.publish(a_route("m", target))
+        await publish_failing(cluster, a_route, change, after_outputs=7)
         answer = await cluster.http.post(COMPLETIONS, json={**ASKED, "n": 3})
         assert answer.status_code == 503
-        await host.until_running(0)
-        assert not cluster.gateway.dispatcher._load
+        await until_idle(cluster)
 
 
 async def test_repeated_tokens_are_dropped(cluster: Any, a_route: Any) -> None:
@@ -195,9 +202,10 @@ async def test_two_first_requests_at_once_open_one_connection(cluster: Any, a_ro
 
 
 async def test_after_a_break_the_next_request_opens_a_new_connection(cluster: Any, a_route: Any) -> None:
-    host, target = await cluster.host(script=after(3, break_stream))
-    await cluster.publish(a_route("m", target))
-    assert (await cluster.http.post(COMPLETIONS, json=ASKED)).status_code == 503
+    host, target = await cluster.host("rep-1", script=break_stream)
+    _, other = await cluster.host("rep-2")
+    await cluster.publish(a_route("m", target, other))
+    assert (await cluster.http.post(COMPLETIONS, json=ASKED)).json()["text"] == "Hello there."
     host.script = lambda output: output
     assert (await cluster.http.post(COMPLETIONS, json=ASKED)).json()["text"] == "Hello there."
     assert host.streams == 2

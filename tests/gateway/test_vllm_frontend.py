@@ -306,7 +306,7 @@ async def test_a_full_queue_is_503_with_retry_after(
 
 @pytest.mark.parametrize("n", [1, 2])
 async def test_an_engine_that_fails_mid_stream_is_never_a_short_answer(
-    up: Any, client: openai.AsyncOpenAI, n: int
+    up: Any, a_route: Any, client: openai.AsyncOpenAI, n: int
 ) -> None:
     counter = itertools.count()
     failed = Finish(reason=FinishReason.ERROR, error=EngineFailed("CUDA error"))
@@ -315,6 +315,8 @@ async def test_an_engine_that_fails_mid_stream_is_never_a_short_answer(
         return output if next(counter) < 7 else replace(output, token_ids=[], finish=failed)
 
     up.hosts["rep-1"].script = fail
+    _, other = await up.host("rep-2", script=fail)
+    await up.publish(a_route("m", up.target("rep-1"), other, sources=(up.agent_address,)))
     stream = await client.chat.completions.create(model="m", messages=CHAT, n=n, stream=True)  # type: ignore[arg-type]
     chunks: list[Any] = []
     with pytest.raises(openai.APIError, match="CUDA error"):
