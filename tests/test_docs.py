@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from sllm import errors
 from sllm.config import AgentConfig, ControllerConfig, GatewayConfig
 from sllm.core.engine_args import ENGINE_ARGS
+from sllm.migration.source import TRANSITIONS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -38,6 +39,12 @@ def test_every_exit_code_is_documented() -> None:
 def test_engine_arguments_point_to_where_they_are_listed() -> None:
     assert ENGINE_ARGS
     assert "engine_args.py" in (DOCS / "decisions" / "0002-engine-arguments-allow-list.md").read_text()
+
+
+def test_every_row_of_the_migration_protocol_is_documented() -> None:
+    text = (DOCS / "migration.md").read_text()
+    rows = {f"| {phase} | `{event.__name__}` |" for phase, event in TRANSITIONS}
+    assert {row for row in rows if row not in text} == set()
 
 
 def test_links_between_documents_lead_somewhere() -> None:
