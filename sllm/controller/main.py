@@ -104,4 +104,5 @@ def _policy(config: ControllerConfig) -> Policy:
         drain_s=config.drain_s,
         start_backoff_s=config.start_backoff_s,
         max_start_failures=config.max_start_failures,
+        stable_after_s=config.stable_after_s,
     )

@@ -44,7 +44,7 @@ class Policy:
     drain_s: float = 60.0
     start_backoff_s: float = 1.0
     max_start_failures: int = 3
-    stable_after_s: float = 60.0  # a replica that dies sooner after it became ready counts as a failed start
+    stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
