@@ -6,7 +6,8 @@ from prompt and output, kept apart, and goes on exactly. To look like one it tak
 
 - its `Request` is given the output as the scheduler gives it, step by step with its grammar (`replay`);
 - the workers' model runner V1 makes its state of a new request from the prompt alone: the output travels there as
-  part of it (`ResumedPrompt`), and is put where it belongs, the seeded generator too (`install`);
+  part of it (`ResumedPrompt`), and is put where it belongs, the seeded generator and the budget for thinking too
+  (`install`);
 - the model runner V2 gets prompt and output apart, and its random numbers depend on seed and position: nothing to do.
 """
 
@@ -26,6 +27,7 @@ from vllm.version import __version__ as version
 
 from sllm.core.tokens import TokenRequest
 from sllm.core.vllm_versions import TESTED_VERSIONS
+from sllm.engine import vllm_thinking
 from sllm.engine.base import Output
 from sllm.engine.draws import advance
 from sllm.engine.vllm_tokens import output_of
@@ -89,6 +91,7 @@ def install(vocab_size: int) -> None:
     runner: Any = importlib.import_module(_RUNNER)
     _check_seam(runner)
     runner.CachedRequestState = _state_class(vocab_size)
+    vllm_thinking.install()
 
 
 def _state_class(vocab_size: int) -> type[Any]:

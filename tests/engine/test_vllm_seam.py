@@ -53,6 +53,7 @@ NAMES = [
     ("vllm.v1.request", "Request.get_finished_reason"),
     ("vllm.v1.structured_output", "StructuredOutputManager.accept_tokens"),
     ("vllm.v1.structured_output.request", "StructuredOutputRequest.grammar"),
+    ("vllm.v1.sample.thinking_budget_state", "ThinkingBudgetStateHolder._update_think_state"),
     ("vllm.v1.worker.gpu_input_batch", "CachedRequestState"),
     ("vllm.v1.worker.gpu_model_runner", "CachedRequestState"),
 ]
