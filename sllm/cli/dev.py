@@ -16,6 +16,7 @@ from sllm.cli.roles import require_engine
 EXAMPLE = """
 sllm dev
 sllm dev --nodes 4 --gateway-port 0 --state /tmp/cluster
+sllm dev --set controller.node_lease_s=30 --set agent.store.dram_bytes=1000000000
 """
 
 
@@ -40,12 +41,22 @@ def dev(
             "--controller-port", metavar="PORT", min=0, max=65535, help="Port of the controller; 0: any free one."
         ),
     ] = 7700,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="ROLE.KEY=VALUE",
+            help="A value of the controller's, the gateway's or every agent's configuration; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[Engine, typer.Option("--engine", hidden=True)] = Engine.VLLM,
     output: OutputOption = Format.TABLE,
 ) -> None:
     with reported(output):
         require_engine("`sllm dev`")  # with the fake engine too: the gateway's front end is vLLM's
         from sllm.cli.context import config_path
+        from sllm.cli.local.layout import parse_setting
         from sllm.cli.local.run import run
 
         wish = Wish(
@@ -55,5 +66,6 @@ def dev(
             controller_port=controller_port,
             engine=engine,
             state=(state or config_path().parent / "dev").absolute(),
+            settings=tuple(parse_setting(text) for text in settings or ()),
         )
         run(wish, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tomllib
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from sllm.cli.local.layout import LOOPBACK, Machine, Wish
 from sllm.cli.local.notifications import Notifications
 from sllm.cli.local.supervisor import Backoff, Child, Program, Say
 from sllm.cli.private_files import write_private
+from sllm.config import AgentConfig, ControllerConfig, GatewayConfig, check
 from sllm.errors import OperationFailed
 
 T = TypeVar("T")
@@ -28,6 +30,19 @@ class Addresses:
 
     controller: str
     gateway: str
+
+
+def check_settings(wish: Wish, machine: Machine) -> None:
+    """Raise the error of a setting that its role would refuse, before anything is started."""
+    somewhere = f"{LOOPBACK}:0"
+
+    def written(config: dict[str, Any], role: str) -> dict[str, Any]:
+        return tomllib.loads(toml_text.dumps(layout.overridden(config, wish.settings, role)))
+
+    origin = "the configuration, with --set"
+    check(written(layout.controller_config(wish, somewhere), "controller"), ControllerConfig, origin=origin)
+    check(written(layout.gateway_config(wish, somewhere, somewhere), "gateway"), GatewayConfig, origin=origin)
+    check(written(layout.agent_config(wish, machine, 0, somewhere), "agent"), AgentConfig, origin=origin)
 
 
 class LocalCluster:
@@ -48,7 +63,7 @@ class LocalCluster:
         asked = f"{LOOPBACK}:{wish.controller_port}"
         controller = await self._start_alone("controller", layout.controller_config(wish, asked))
         # A controller that is started again must be found where it was.
-        self._write_config("controller", layout.controller_config(wish, controller))
+        self._write_config("controller", "controller", layout.controller_config(wish, controller))
         agents = [
             self._child("agent", name, layout.agent_config(wish, machine, index, controller))
             for index, name in enumerate(wish.node_names)
@@ -60,7 +75,7 @@ class LocalCluster:
                 group.create_task(agent.start())
             starting = group.create_task(self._start_alone("gateway", layout.gateway_config(wish, asked, controller)))
         gateway = starting.result()
-        self._write_config("gateway", layout.gateway_config(wish, gateway, controller))
+        self._write_config("gateway", "gateway", layout.gateway_config(wish, gateway, controller))
         return Addresses(controller=controller, gateway=gateway)
 
     async def stop(self) -> None:
@@ -88,13 +103,14 @@ class LocalCluster:
         return address
 
     def _child(self, role: str, name: str, config: dict[str, Any]) -> Child:
-        self._write_config(name, config)
+        self._write_config(role, name, config)
         path = self._wish.state / "etc" / f"{name}.toml"
         argv = (*self._launcher, role, "--config", str(path))
         log = self._wish.state / "log" / f"{name}.log"
         return Child(Program(name=name, argv=argv, log=log), self._notifications, self._say, Backoff())
 
-    def _write_config(self, name: str, config: dict[str, Any]) -> None:
+    def _write_config(self, role: str, name: str, config: dict[str, Any]) -> None:
+        config = layout.overridden(config, self._wish.settings, role)
         write_private(self._wish.state / "etc" / f"{name}.toml", toml_text.dumps(config).encode())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sllm.errors import CapacityExceeded
+from sllm.errors import CapacityExceeded, InvalidArgument
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
@@ -21,9 +23,21 @@ class Engine(StrEnum):
     FAKE = "fake"
 
 
+ROLES = ("controller", "gateway", "agent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One value of the configuration of every process of a role; `keys` is the way to it through the sections."""
+
+    role: str
+    keys: tuple[str, ...]
+    value: Any
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """The cluster that was asked for; port 0 means any free one."""
+    """The cluster that was asked for; port 0 means any free one. `settings` go over what each role is given."""
 
     nodes: int
     devices_per_node: int
@@ -31,6 +45,7 @@ class Wish:
     controller_port: int
     engine: Engine
     state: Path
+    settings: tuple[Setting, ...] = ()
 
     @property
     def node_names(self) -> tuple[str, ...]:
@@ -44,6 +59,40 @@ class Machine:
     cores: int
     free_bytes: int
     gpus: tuple[str, ...] = ()
+
+
+def parse_setting(text: str) -> Setting:
+    """Read ROLE.KEY=VALUE, where VALUE is TOML, or a text without quotes. Raises InvalidArgument."""
+    path, equals, value = text.partition("=")
+    role, *keys = path.strip().split(".")
+    if not equals or role not in ROLES or not keys or not all(keys):
+        raise InvalidArgument(
+            f"{text!r} is no setting",
+            hint=f"give ROLE.KEY=VALUE, as in controller.stable_after_s=30; ROLE is one of {', '.join(ROLES)}",
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    return Setting(role=role, keys=tuple(keys), value=parsed)
+
+
+def overridden(config: dict[str, Any], settings: Iterable[Setting], role: str) -> dict[str, Any]:
+    """Return a role's configuration with the settings that are for it. Raises InvalidArgument for a way through what
+    is no section."""
+    for setting in settings:
+        if setting.role == role:
+            config = _with(config, setting.keys, setting.value, setting)
+    return config
+
+
+def _with(section: dict[str, Any], keys: tuple[str, ...], value: Any, setting: Setting) -> dict[str, Any]:
+    if len(keys) > 1:
+        inner = section.get(keys[0], {})
+        if not isinstance(inner, dict):
+            raise InvalidArgument(f"{keys[0]!r} in {setting.role}.{'.'.join(setting.keys)} is no section")
+        value = _with(inner, keys[1:], value, setting)
+    return {**section, keys[0]: value}
 
 
 def check_machine(wish: Wish, machine: Machine) -> None:

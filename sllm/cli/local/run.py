@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from sllm.cli.context import Context, config_path
 from sllm.cli.local import machine as this_machine
-from sllm.cli.local.cluster import LAUNCHER, Addresses, LocalCluster, unless
+from sllm.cli.local.cluster import LAUNCHER, Addresses, LocalCluster, check_settings, unless
 from sllm.cli.local.dev_context import NAME, dev_context
 from sllm.cli.local.identities import write_identities
 from sllm.cli.local.layout import Wish, check_machine
@@ -25,6 +25,7 @@ def run(wish: Wish, form: Format, launcher: tuple[str, ...] = LAUNCHER) -> None:
     """Run the cluster until a signal comes. `launcher` starts one of its processes."""
     machine = this_machine.look()
     check_machine(wish, machine)
+    check_settings(wish, machine)
     make_private_dir(wish.state)
     with locked(wish.state):
         this_machine.check_port(wish.gateway_port, "--gateway-port")

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sllm.cli import toml_text
-from sllm.cli.local.layout import Engine, Machine, Wish, agent_config, check_machine, controller_config, gateway_config
+from sllm.cli.local.cluster import check_settings
+from sllm.cli.local.layout import (
+    Engine,
+    Machine,
+    Wish,
+    agent_config,
+    check_machine,
+    controller_config,
+    gateway_config,
+    overridden,
+    parse_setting,
+)
 from sllm.config import AgentConfig, ControllerConfig, GatewayConfig, check
-from sllm.errors import CapacityExceeded
+from sllm.errors import CapacityExceeded, InvalidArgument, InvalidConfiguration
 
 WISH = Wish(nodes=2, devices_per_node=2, gateway_port=0, controller_port=0, engine=Engine.FAKE, state=Path("/state"))
 MACHINE = Machine(cores=8, free_bytes=64 << 30)
@@ -67,3 +79,27 @@ def test_too_few_gpus_are_refused_with_both_numbers():
 def test_no_gpus_at_all_means_cpu_slots():
     check_machine(WISH, MACHINE)
     assert agent_config(WISH, MACHINE, 0, "c:1")["devices"]["kind"] == "cpu"
+
+
+def test_settings_go_over_what_a_role_is_given():
+    settings = [
+        parse_setting("agent.store.dram_bytes=5"),
+        parse_setting("agent.name = x"),
+        parse_setting("gateway.a=1"),
+    ]
+    given = {"name": "node-1", "store": {"dram_bytes": 1, "lock": True}}
+    assert overridden(given, settings, "agent") == {"name": "x", "store": {"dram_bytes": 5, "lock": True}}
+    assert given["store"]["dram_bytes"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "agent", "agent.x", "agent=1", "agent..x=1", "warm.x=1"])
+def test_what_is_no_setting_is_refused(text):
+    with pytest.raises(InvalidArgument):
+        parse_setting(text)
+
+
+@pytest.mark.parametrize("text", ["controller.nothing=1", "agent.store.dram_bytes=no", "gateway.queue_timeout_s=-1"])
+def test_a_setting_that_its_role_would_refuse_is_refused_before_anything_starts(text):
+    check_settings(WISH, MACHINE)
+    with pytest.raises(InvalidConfiguration):
+        check_settings(replace(WISH, settings=(parse_setting(text),)), MACHINE)
