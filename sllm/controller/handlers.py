@@ -211,7 +211,8 @@ class Handlers:
         world, now, rows = self._world, self._world.clock.monotonic(), self._world.rows()
         snapshot = world.snapshot(now)
         requests = moves.requests_to_move(snapshot, rows, event)
-        moves.checked(snapshot, moving.traffic(world, snapshot, rows, now), requests, event.node)
+        known = moving.traffic(world, snapshot, rows, now, nodes=(), requests=requests)
+        moves.checked(snapshot, known, requests, event.node)
         target = event.request or event.replica or ""
         deadline_at = world.clock.wall() + moving.MIGRATE_S
         fields = {"nodes": (event.node,), "requests": requests, "replica": event.replica, "deadline_at": deadline_at}
@@ -236,11 +237,12 @@ class Handlers:
         world, node = self._world, event.node
         before = world.cluster.cordons.get(node, OPEN)
         cordon = moves.cordoned(world.snapshot(world.clock.monotonic()), before, event)
-        await world.commit([records.put_node(node, cordon)])
-        drain = world.jobs.drain_of(node)
-        if drain is not None and before.draining and not cordon.draining:
+        stored, drain = records.put_node(node, cordon), world.jobs.drain_of(node)
+        if drain is not None and not cordon.draining:
             error = Cancelled(f"node {node!r} was uncordoned", hint="what was moved stays where it went")
-            await moving.end(world, progress.failed(drain, error, world.clock.wall()))
+            await moving.end(world, progress.failed(drain, error, world.clock.wall()), stored)
+        else:
+            await world.commit([stored])
         world.cluster.close(node, cordon)
         return Empty()
 

@@ -132,10 +132,9 @@ def cordoned(snapshot: Snapshot, before: Cordon, request: CordonRequest) -> Cord
 
 
 def plan_migration(
-    snapshot: Snapshot, traffic: Traffic, rows: Mapping[RequestId, RequestRow], request: MigrateRequest
+    snapshot: Snapshot, traffic: Traffic, requests: tuple[RequestId, ...], request: MigrateRequest
 ) -> MigrationPlan:
-    """What a migration would do. Raises what it would be refused with."""
-    requests = requests_to_move(snapshot, rows, request)
+    """What moving these requests would do. Raises what it would be refused with."""
     decision = checked(snapshot, traffic, requests, request.node)
     starts = (decision.start.node,) if decision.start else ()
     why = "" if decision.moves else f"nothing runs on {request.replica}"

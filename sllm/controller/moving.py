@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from sllm.controller import jobs, moves, progress, records, verdicts
-from sllm.controller.events import MigrationEnded, MigrationReported
+from sllm.controller.events import MigrationEnded, MigrationReported, Woken
 from sllm.controller.jobs import Job
 from sllm.controller.routes import target_of
+from sllm.controller.store.base import Op
 from sllm.controller.verdicts import Scene
 from sllm.controller.world import World
-from sllm.core.ids import MigrationId, RequestId, make_id
+from sllm.core.ids import MigrationId, NodeName, RequestId, make_id
 from sllm.core.migration import MigrationOrder, MigrationState
 from sllm.core.operation import Operation
 from sllm.core.priority import Priority
@@ -31,12 +32,22 @@ WITHIN_S = 60.0
 MIGRATE_S = 600.0
 
 
-def traffic(world: World, snapshot: Snapshot, rows: Mapping[RequestId, RequestRow], now: float) -> Traffic:
-    """What runs, what is on its way, and what is expected of each request."""
+def traffic(
+    world: World,
+    snapshot: Snapshot,
+    rows: Mapping[RequestId, RequestRow],
+    now: float,
+    *,
+    nodes: Collection[NodeName],
+    requests: Collection[RequestId],
+) -> Traffic:
+    """What runs and what is on its way; and what is expected of these requests, and of those on these nodes."""
     running = {row.id: row for row in rows.values() if row.replica in snapshot.replicas}
+    there = {replica.spec.id for replica in snapshot.replicas.values() if replica.node in nodes}
+    asked = [row for row in running.values() if row.replica in there or row.id in requests]
     return Traffic(
         requests=running,
-        outlooks={row.id: world.forecast.outlook(row, snapshot) for row in running.values()},
+        outlooks={row.id: world.forecast.outlook(row, snapshot) for row in asked},
         moving=world.flights.moving(),
         busy=world.flights.busy(now),
     )
@@ -48,7 +59,10 @@ def decided(world: World, snapshot: Snapshot, now: float) -> tuple[list[Job], tu
     scene = Scene(snapshot=snapshot, rows=rows, reasons=world.reasons, complete=now >= world.complete_at, wall=wall)
     under_way = world.jobs.moving()
     wishes = [_wish(world, job, rows, wall) for job in under_way]
-    return under_way, decide(snapshot, traffic(world, snapshot, rows, now), wishes), scene
+    drained = {wish.node for wish in wishes if wish.requests is None}
+    named = {request for wish in wishes for request in wish.requests or ()}
+    known = traffic(world, snapshot, rows, now, nodes=drained, requests=named)
+    return under_way, decide(snapshot, known, wishes), scene
 
 
 def _wish(world: World, job: Job, rows: Mapping[RequestId, RequestRow], wall: float) -> Wish:
@@ -92,18 +106,18 @@ async def judge(world: World, job: Job, decision: Decision, scene: Scene) -> Non
             _begin(world, scene.snapshot, job, order)
 
 
-async def end(world: World, job: Job) -> None:
-    """A job is over: what it has under way stays where it is."""
+async def end(world: World, job: Job, *others: Op) -> None:
+    """A job is over: what it has under way stays where it is. It is stored together with `others`."""
     operation = job.operation
     log.info("operation %s (%s %s): %s %s", job.id, operation.kind, operation.target, operation.state, operation.error)
-    await world.commit([records.put_job(job)])
+    await world.commit([records.put_job(job), *others])
     world.jobs.put(job)
     for migration in world.flights.drop(job.id):
         world.executor.cancel(migration)
     if operation.kind == jobs.DRAIN:
         node = job.nodes[0]
         world.cluster.close(node, replace(world.cluster.cordons[node], draining=False))
-    world.changed = True
+    world.executor.post(Woken())  # what it held is free now
 
 
 def _note(world: World, job: Job, operation: Operation, wall: float) -> None:

@@ -32,7 +32,6 @@ from sllm.rpc.control import (
     VerifyCheckpointRequest,
     WatchOperationRequest,
 )
-from sllm.scheduler.migrations import Traffic
 
 
 class ControllerControl:
@@ -64,15 +63,18 @@ class ControllerControl:
         return await self._operation(request)
 
     async def plan_migration(self, request: MigrateRequest) -> MigrationPlan:
-        snapshot, rows = self._snapshot(), self._world.rows()
-        return moves.plan_migration(snapshot, self._traffic(snapshot), rows, request)
+        world, snapshot, rows = self._world, self._snapshot(), self._world.rows()
+        requests = moves.requests_to_move(snapshot, rows, request)
+        known = moving.traffic(world, snapshot, rows, world.clock.monotonic(), nodes=(), requests=requests)
+        return moves.plan_migration(snapshot, known, requests, request)
 
     async def drain(self, request: DrainRequest) -> Operation:
         return await self._operation(request)
 
     async def plan_drain(self, request: DrainRequest) -> MigrationPlan:
-        snapshot = self._snapshot()
-        return moves.plan_drain(snapshot, self._traffic(snapshot), request, self._world.clock.monotonic())
+        world, snapshot, now = self._world, self._snapshot(), self._world.clock.monotonic()
+        known = moving.traffic(world, snapshot, world.rows(), now, nodes=(request.node,), requests=())
+        return moves.plan_drain(snapshot, known, request, now)
 
     async def cordon(self, request: CordonRequest) -> Empty:
         return cast(Empty, await self._inbox.submit(request))
@@ -107,9 +109,6 @@ class ControllerControl:
 
     def _snapshot(self) -> Snapshot:
         return self._world.snapshot(self._world.clock.monotonic())
-
-    def _traffic(self, snapshot: Snapshot) -> Traffic:
-        return moving.traffic(self._world, snapshot, self._world.rows(), self._world.clock.monotonic())
 
     async def _operation(self, request: object) -> Operation:
         return cast(Operation, await self._inbox.submit(request))

@@ -15,6 +15,7 @@ from sllm.core.operation import Operation, OperationState
 from sllm.core.request import RequestRow
 from sllm.core.snapshot import ReplicaView, Snapshot
 from sllm.errors import DeadlineExceeded, EngineFailed, OperationFailed, SllmError, Unavailable
+from sllm.scheduler.destinations import Obstacle
 from sllm.scheduler.migrations import ATTEMPTS, Decision
 from sllm.scheduler.plan import Reason
 
@@ -85,9 +86,10 @@ def _stuck(
     first = stuck[0]
     if error := tally.errors.get(first):
         return error
-    if tally.started:
+    refusal = decision.refusals[first]
+    if tally.started and refusal.on is Obstacle.DEVICES:  # what failed holds them still
         return _start_failed(scene.rows[first].deployment, scene)
-    return moves.error_of(decision.refusals[first])
+    return moves.error_of(refusal)
 
 
 def _start_failed(deployment: DeploymentName, scene: Scene) -> SllmError:

@@ -162,7 +162,8 @@ def _refusal(room: Room, node: NodeView, view: DeploymentView) -> Candidate | No
         text = f"{large} of {wanted} devices have the {needed} bytes that are needed, the largest has {max(sizes)}"
         return Candidate(node=name, refused=text, waits_on=WaitsOn.MEMORY)
     too_small = f", and {free - usable} with less than the {needed} bytes that are needed" if free > usable else ""
-    text = f"{usable} of {wanted} devices are free{too_small}"
+    closed = f", {len(node.cordon.devices)} cordoned" if node.cordon.devices else ""
+    text = f"{usable} of {wanted} devices are free{too_small}{closed}"
     return Candidate(node=name, refused=text, waits_on=WaitsOn.DEVICES)
 
 
