@@ -158,6 +158,7 @@ class Dispatcher:
     def _run(self, request: OpenRequest, target: RouteTarget, sequences: list[Sequence]) -> None:
         if request.target is None:
             request.place(target)
+            self.requests.placed()
             self._load[target.replica] += 1
         connection = self._connections.to(target, self)
         for sequence in sequences:

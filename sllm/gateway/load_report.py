@@ -1,4 +1,5 @@
-"""Tells the controller every second what runs and waits here. Without these reports nothing scales to zero."""
+"""Tells the controller what runs and waits here: every second, and soon after a request was placed, so that it can be
+listed and moved. Without these reports nothing scales to zero."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from sllm.rpc.routes import ReportLoadRequest
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
+SOONEST_S = 0.25  # after the last one
 
 
 class LoadSink(Protocol):
@@ -21,7 +23,13 @@ class LoadSink(Protocol):
 
 
 async def report_load(
-    controller: LoadSink, requests: OpenRequests, *, gateway: str, incarnation: str, every_s: float = EVERY_S
+    controller: LoadSink,
+    requests: OpenRequests,
+    *,
+    gateway: str,
+    incarnation: str,
+    every_s: float = EVERY_S,
+    soonest_s: float = SOONEST_S,
 ) -> None:
     """Report until cancelled. What a lost report counted is in the next one."""
     failing = False
@@ -37,4 +45,5 @@ async def report_load(
             if not failing:
                 log.warning("the controller does not take load reports: %s", error.message)
             failing = True
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(soonest_s)
+        await requests.news(within_s=every_s - soonest_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 
 from sllm.core.ids import RequestId
@@ -18,6 +19,7 @@ class OpenRequests:
         self._finished: Counter[str] = Counter()
         self._none = asyncio.Event()
         self._none.set()
+        self._placed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -32,6 +34,17 @@ class OpenRequests:
             self._finished[request.deployment] += 1
         if not self._requests:
             self._none.set()
+
+    def placed(self) -> None:
+        """One of them runs somewhere since now: whoever waits for `news` has some."""
+        self._placed.set()
+
+    async def news(self, *, within_s: float) -> None:
+        """Return once a request was placed since the last call, or after `within_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._placed.wait()
+        self._placed.clear()
 
     def unfinished(self) -> list[OpenRequest]:
         """Return those that wait or run. One whose tokens have all come, but whose client reads slowly, is neither."""
