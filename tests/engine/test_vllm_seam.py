@@ -13,6 +13,7 @@ import pytest
 
 from sllm.core.engine_args import ENGINE_ARGS, Taker
 from sllm.core.runtime_layout import SAVED_ARCHITECTURES
+from sllm.errors import EngineFailed, InvalidArgument
 
 pytestmark = pytest.mark.vllm
 
@@ -101,8 +102,6 @@ def test_the_installed_version_is_a_tested_one(vllm: SimpleNamespace) -> None:
 
 
 def test_an_untested_version_is_refused(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sllm.errors import EngineFailed
-
     monkeypatch.setattr(vllm.setup, "TESTED_VERSIONS", ("0.0.1",))
     with pytest.raises(EngineFailed, match="tested with"):
         vllm.setup.installed_version()
@@ -192,6 +191,23 @@ def test_a_request_that_has_had_output_looks_as_if_it_had_been_preempted(resume:
     assert request.prefill_stats is None
 
 
+def test_a_grammar_is_told_of_the_output_as_the_scheduler_tells_it(resume: Any) -> None:
+    """A token a time, when the request has it: so the end of reasoning is found where it was."""
+    told: list[tuple[list[int], list[int]]] = []
+
+    class Grammars:
+        def accept_tokens(self, request: Any, new: list[int]) -> bool:
+            told.append((list(request.output_token_ids), new))
+            return len(told) < 3  # the third is refused
+
+    structured = importlib.import_module("vllm.sampling_params").StructuredOutputsParams(regex="a+")
+    request = made(resume, [5, 6, 7], had=2, structured_outputs=structured)
+    resume.replay(request, Grammars())
+    assert told == [([6], [6]), ([6, 7], [7])]
+    with pytest.raises(InvalidArgument):
+        resume.replay(made(resume, [5, 6, 7], had=2, structured_outputs=structured), Grammars())
+
+
 def test_the_runner_makes_its_state_with_the_name_that_is_replaced(vllm: SimpleNamespace) -> None:
     runner = importlib.import_module("vllm.v1.worker.gpu_model_runner")
     source = inspect.getsource(runner.GPUModelRunner._update_states)
@@ -221,21 +237,19 @@ def test_the_runners_state_is_split_and_its_generator_brought_on(resume: Any) ->
 
 
 def test_a_vllm_that_is_made_otherwise_is_refused(resume: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sllm.errors import EngineFailed
-
     monkeypatch.setattr(resume, "_STATE_FIELDS", {"generator", "no_such_field"})
     with pytest.raises(EngineFailed, match="no_such_field") as refused:
         resume.install(100)
     assert "pip install" in refused.value.hint
 
 
-def made(resume: Any, token_ids: list[int], *, had: int) -> Any:
+def made(resume: Any, token_ids: list[int], *, had: int, **params: Any) -> Any:
     """Return vLLM's Request for one that has had output."""
     from vllm.sampling_params import SamplingParams
 
     return resume.Request(
         request_id="1",
         prompt_token_ids=resume.ResumedPrompt(token_ids[:-had], token_ids[-had:]),
-        sampling_params=SamplingParams(max_tokens=9),
+        sampling_params=SamplingParams(max_tokens=9, **params),
         pooling_params=None,
     )
