@@ -49,6 +49,10 @@ test-unit: $(STAMP) ## Tests without real processes and without vLLM: seconds
 test-e2e: $(STAMP) ## Tests with real processes and the real vLLM: minutes
 	$(PYTEST) -m "e2e or vllm"
 
+.PHONY: test-chaos
+test-chaos: $(STAMP) ## 200 runs in which something dies in the middle of migrations (SEED=1); an hour
+	SLLM_CHAOS_SEED=$(or $(SEED),1) SLLM_CHAOS_RUNS=$(or $(RUNS),200) $(PYTEST) -s tests/e2e/test_chaos.py
+
 .PHONY: test-gpu
 test-gpu: ## Tests on a real GPU; need torch, xxhash and pytest only (without .venv: of PYTHON)
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -c /dev/null -o 'markers=gpu: needs a GPU' --rootdir=. -ra --import-mode=importlib tests/gpu

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,15 @@ GRACE_S = 5.0  # of `sllm dev`
 class Cluster:
     """`sllm dev` in a folder of its own. Its processes are found by the SLLM_HOME that they all inherit."""
 
-    def __init__(self, folder: Path, *, engine: str, nodes: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        engine: str,
+        nodes: int,
+        environment: Mapping[str, str] | None = None,
+        settings: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.home = folder / "home"
         self.home.mkdir(mode=0o700)
@@ -35,6 +43,7 @@ class Cluster:
         self.environment = {**os.environ, "SLLM_HOME": str(self.home), "PYTHONUNBUFFERED": "1", **(environment or {})}
         command = [SLLM, "dev", "--engine", engine, "--nodes", str(nodes), "--gateway-port", "0"]
         command += ["--controller-port", "0", "--state", str(self.state)]
+        command += [word for setting in settings for word in ("--set", setting)]
         self.stderr = folder / "dev.stderr"
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -145,9 +154,14 @@ def gone(home: Path, timeout_s: float) -> list[psutil.Process]:
 
 @contextmanager
 def running(
-    folder: Path, *, engine: str, nodes: int = 2, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    engine: str,
+    nodes: int = 2,
+    environment: Mapping[str, str] | None = None,
+    settings: Sequence[str] = (),
 ) -> Iterator[Cluster]:
-    cluster = Cluster(folder, engine=engine, nodes=nodes, environment=environment)
+    cluster = Cluster(folder, engine=engine, nodes=nodes, environment=environment, settings=settings)
     try:
         yield cluster
     finally:

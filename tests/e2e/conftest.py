@@ -12,10 +12,14 @@ from e2e.cluster import DEMO_MODEL, Cluster, running
 PACE = {"SLLM_FAKE_TOKEN_S": "0.01"}
 
 
+# Tests kill replicas as soon as they are ready, again and again, which is not the model's fault.
+KILLED_OFTEN = ("controller.stable_after_s=0",)
+
+
 @pytest.fixture(scope="module")
 def vllm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, the real vLLM, and the demo checkpoint on both."""
-    with running(tmp_path_factory.mktemp("vllm"), engine="vllm") as cluster:
+    with running(tmp_path_factory.mktemp("vllm"), engine="vllm", settings=KILLED_OFTEN) as cluster:
         cluster.cli("checkpoint", "add", "demo", str(DEMO_MODEL), "--all")
         yield cluster
 
