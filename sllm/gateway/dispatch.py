@@ -192,7 +192,6 @@ class Dispatcher:
         log.info("%s goes on elsewhere, not on %s: %s", request.id, lost.replica, error.message)
         if verdict is Verdict.GO_ON_AFRESH:
             request.deadline = asyncio.get_running_loop().time() + self._recover_timeout_s
-            request.avoid.clear()
         request.avoid.add(lost.replica)
         request.interrupted()
         self._take_off(request)

@@ -146,6 +146,7 @@ class FakeHost:
     forgetful: bool = False
     beat_s: float | None = None
     steps: int = 0
+    beats: int = 0
     streams: int = 0
     requests: list[TokenRequest] = field(default_factory=list)
     running: dict[int, Running] = field(default_factory=dict)
@@ -154,6 +155,10 @@ class FakeHost:
     async def until_running(self, count: int) -> None:
         async with self.changed:
             await asyncio.wait_for(self.changed.wait_for(lambda: len(self.running) == count), 10)
+
+    async def until_beaten(self, count: int) -> None:
+        async with self.changed:
+            await asyncio.wait_for(self.changed.wait_for(lambda: self.beats >= count), 10)
 
     async def attach(self, request: AttachRequest) -> AsyncIterator[HostStatus]:
         raise NotImplementedError
@@ -209,6 +214,9 @@ class FakeHost:
         try:
             await asyncio.wait_for(self.go.wait(), self.beat_s)
         except TimeoutError:
+            async with self.changed:
+                self.beats += 1
+                self.changed.notify_all()
             return False
         return True
 

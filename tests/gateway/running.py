@@ -93,10 +93,12 @@ class Cluster:
         body = json.dumps(document).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         writer.write(f"{head}\r\n".encode() + body)
-        async with asyncio.timeout(within_s):
-            yield reader
-        writer.close()
-        await writer.wait_closed()
+        try:
+            async with asyncio.timeout(within_s):
+                yield reader
+        finally:
+            writer.close()
+            await writer.wait_closed()
 
 
 Start = Callable[..., Awaitable[Cluster]]

@@ -47,6 +47,18 @@ def test_what_was_partly_seen_is_cut_with_its_logprobs() -> None:
     )
 
 
+def test_what_is_told_of_the_prompt_is_told_once() -> None:
+    about = {
+        "prefill": Prefill(num_prompt_tokens=1, num_cached_tokens=0),
+        "prompt_logprobs": Logprobs(num_rows=1, width=1, token_ids=[9], values=[-1], ranks=[1]),
+    }
+    journal = Journal(prompt=[9])
+    first = journal.accept(output(0, 1, **about))
+    resumed = journal.accept(output(1, 2, **about))
+    assert first == output(0, 1, **about)
+    assert resumed == output(1, 2)
+
+
 def test_the_end_passes_even_if_its_tokens_were_seen() -> None:
     journal = Journal(prompt=[9], tokens=[1])
     fresh = journal.accept(output(0, 1, finish=Finish(reason=FinishReason.STOP)))
