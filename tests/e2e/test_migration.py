@@ -5,12 +5,13 @@ Every answer is compared with that of the undisturbed run: token ids, text, logp
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -116,11 +117,26 @@ def undisturbed(cluster: Cluster) -> dict[str, Answer]:
     return answers
 
 
+# A token that was recomputed went through another kernel than when it was decoded: its logprobs differ by rounding.
+ROUNDING = 1e-4
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two answers to JSON are equal but for the rounding of floats."""
+    if isinstance(found, float) and isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in found)
+    if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
 def check(case: Case, answer: Answer, expected: Answer) -> None:
     assert answer.error is None
     assert answer.done
     if case.exact:
-        assert answer == expected
+        assert same(asdict(answer), asdict(expected)), f"{answer}\n\n{expected}"
     else:
         counted = [(len(c.token_ids), c.finish) for c in answer.choices.values()]
         assert counted == [(len(c.token_ids), c.finish) for c in expected.choices.values()]
