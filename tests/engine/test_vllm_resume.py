@@ -244,7 +244,7 @@ def test_it_does_not_disturb_those_that_are_there(engine: Child, features: Featu
     assert_same(together[9], alone[2], 7, "late")
 
 
-def test_thousands_of_seeded_tokens_are_resumed_exactly(engine: Child, features: Features) -> None:
+def test_hundreds_of_seeded_tokens_are_resumed_exactly(engine: Child, features: Features) -> None:
     first = request(features.params(temperature=1.0, seed=5, max_tokens=400), salt="long")
     whole = engine.ask(first)
     assert_same(engine.ask(resumed(first, tokens(whole)[:380], salt="other")), whole, 380, "cut at 380")
