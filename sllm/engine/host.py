@@ -34,10 +34,12 @@ from sllm.core.tokens import (
 )
 from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.connection import Connection
+from sllm.engine.load import Load
 from sllm.engine.migrating import Migrations, Place
 from sllm.engine.recomputes import Recomputes
 from sllm.engine.requests import Requests
 from sllm.engine.sizes import oversized
+from sllm.engine.starting import Starting
 from sllm.engine.status import StatusBoard
 from sllm.engine.thread import EngineThread
 from sllm.engine.watchdog import Watchdog
@@ -68,7 +70,6 @@ class Host:
     ) -> None:
         self._launch = launch
         self._memory_bytes = memory_bytes
-        self._load_every_s = load_every_s
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(build, self)
         new_key = functools.partial(next, itertools.count(1))
@@ -86,12 +87,12 @@ class Host:
         complete = launch.grant.ready_chunks >= launch.grant.chunks
         first = StartPhase.BUILDING if complete else StartPhase.LOADING
         self._board = StatusBoard(HostStatus(replica=launch.spec.id, state=ReplicaState.STARTING, phase=first))
+        self._starting = Starting(self._board)
+        self._load = Load(self._board, self._measured, load_every_s)
         self._attached = 0
         self._grace: asyncio.TimerHandle | None = None
         self._drain: asyncio.TimerHandle | None = None
-        self._load: asyncio.TimerHandle | None = None
         self._pulse: asyncio.TimerHandle | None = None
-        self._phase_since = time.monotonic()
         self._failure: EngineFailed | None = None
         self.finished = asyncio.Event()
 
@@ -101,7 +102,7 @@ class Host:
 
     def start(self) -> None:
         """Begin to build the engine, and to count the grace: nobody is attached yet."""
-        self._phase_since = time.monotonic()
+        self._starting.begin()
         self._await_agent()
         self._thread.start()
 
@@ -167,7 +168,8 @@ class Host:
         self._requests.close_all()
         self._board.update(state=ReplicaState.STOPPING, running=0, waiting=0)
         self._board.close()
-        for timer in (self._grace, self._drain, self._load, self._pulse):
+        self._load.stop()
+        for timer in (self._grace, self._drain, self._pulse):
             if timer is not None:
                 timer.cancel()
         self.finished.set()
@@ -276,22 +278,14 @@ class Host:
     # --- the engine thread -----------------------------------------------------------------
 
     def arrived(self, share: float) -> None:
-        """A share of the weights is there. Loading ends with the last byte, though the engine was begun before."""
-        if self.status.phase is not StartPhase.LOADING:
-            return
-        if share < 1.0:
-            self._board.update(progress=share)
-        else:
-            self._enter(StartPhase.BUILDING, progress=0.0)
+        self._starting.arrived(share)
 
     def progressed(self, share: float) -> None:
-        if self.status.phase is StartPhase.BUILDING:
-            self._board.update(progress=share)
+        self._starting.progressed(share)
 
     def built(self) -> None:
         if self.status.state is ReplicaState.STARTING:
-            self.arrived(1.0)  # it may not have asked for all of them
-            self._enter(StartPhase.READY, state=ReplicaState.READY, progress=1.0, memory_bytes=self._memory_bytes())
+            self._starting.ready(self._memory_bytes())
             self._beat()
 
     def _beat(self) -> None:
@@ -300,12 +294,6 @@ class Host:
             self.failed(EngineFailed(f"the engine made no step for {self._launch.stall_s:g} s"))
         if not self.finished.is_set() and self._failure is None:
             self._pulse = self._loop.call_later(self._beat_s, self._beat)
-
-    def _enter(self, phase: StartPhase, **changes: Any) -> None:
-        now = time.monotonic()
-        phases_s = {**self.status.phases_s, self.status.phase.value: now - self._phase_since}
-        self._phase_since = now
-        self._board.update(phase=phase, phases_s=phases_s, **changes)
 
     def saved(self) -> None:
         """Its parameters are on the SSD: the agent may use them for the next start."""
@@ -336,20 +324,15 @@ class Host:
     # --- load ------------------------------------------------------------------------------
 
     def _load_changed(self) -> None:
-        """Publish the load, at once if none was published lately. The last request of a drain ends it."""
+        """Publish the load. The last request of a drain ends it."""
         if self.status.state is ReplicaState.DRAINING and not self._requests:
             self._finish()
-        if self._load is None and not self.finished.is_set():
-            self._publish_load()
+        self._load.changed()
 
-    def _publish_load(self) -> None:
+    def _measured(self) -> dict[str, Any]:
         open_requests, capacity = len(self._requests), self._launch.spec.capacity
-        before = self.status
-        self._board.update(
-            running=min(open_requests, capacity),
-            waiting=max(0, open_requests - capacity),
-            memory_bytes=self._memory_bytes(),
-        )
-        # Look again later while there is something to see; otherwise the next change publishes.
-        changed = self.status is not before
-        self._load = self._loop.call_later(self._load_every_s, self._publish_load) if changed else None
+        return {
+            "running": min(open_requests, capacity),
+            "waiting": max(0, open_requests - capacity),
+            "memory_bytes": self._memory_bytes(),
+        }

@@ -7,13 +7,14 @@ in the event loop, so that a handover is one piece: nothing comes of a request h
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from sllm.core.ids import RequestId
-from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState
+from sllm.core.migration import OVER, MigrationOrder, MigrationReport, MigrationState
 from sllm.engine.requests import Requests
 from sllm.engine.rounds import ask, progress_of, round_of, wire_bytes
 from sllm.engine.thread import EngineThread
@@ -36,6 +37,8 @@ from sllm.migration.source import (
     TimeOver,
 )
 from sllm.rpc.engine import EngineClient, RecomputeRequest
+
+log = logging.getLogger(__name__)
 
 _NOTHING = Progress(prompt_tokens=0, output_tokens=0, interval_s=0.0)
 _CALLED_OFF = CalledOff()
@@ -219,18 +222,22 @@ class _Order:
     def _report(self, request: RequestId, report: Report) -> None:
         move, error = self._moves[request], report.error
         self._progress(request)
-        self.reports.put_nowait(
-            MigrationReport(
-                migration=self._order.id,
-                request=request,
-                state=report.state,
-                rounds=move.state.rounds,
-                prompt_tokens=move.progress.prompt_tokens,
-                output_tokens=move.progress.output_tokens,
-                sent_bytes=move.sent_bytes,
-                last_round=report.last_round,
-                predicted_pause_s=move.predicted_pause_s,
-                error="" if error is None else error.message,
-                error_reason="" if error is None else error.reason,
-            )
+        told = MigrationReport(
+            migration=self._order.id,
+            request=request,
+            state=report.state,
+            rounds=move.state.rounds,
+            prompt_tokens=move.progress.prompt_tokens,
+            output_tokens=move.progress.output_tokens,
+            sent_bytes=move.sent_bytes,
+            last_round=report.last_round,
+            predicted_pause_s=move.predicted_pause_s,
+            error="" if error is None else error.message,
+            error_reason="" if error is None else error.reason,
         )
+        self.reports.put_nowait(told)
+        if told.state in OVER:
+            where = self._order.target.replica
+            log.info(
+                "%s: %s to %s: %s, %d rounds %s", told.migration, request, where, told.state, told.rounds, told.error
+            )
