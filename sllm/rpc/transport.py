@@ -47,7 +47,7 @@ _CLIENT_ONLY: list[tuple[str, Any]] = [
     ("grpc.ssl_target_name_override", TLS_SERVER_NAME),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # How long one attempt may take, in spite of its name. A peer that computes on all cores is slow to answer.
-    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
