@@ -136,8 +136,8 @@ class Dispatcher:
     # --- placing -----------------------------------------------------------------------------
 
     def _place_or_hold(self, request: OpenRequest) -> None:
-        must_wait = request.output_tokens == 0 and request.deployment in self._held
-        target = None if must_wait else self._room_for(request)
+        held = self._held.get(request.deployment)
+        target = None if held else self._room_for(request)
         if target is not None:
             self._place(request, target)
             return

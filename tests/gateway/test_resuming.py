@@ -285,6 +285,7 @@ async def test_who_has_half_an_answer_goes_before_who_has_none(cluster: Any, a_r
             await cluster.controller.until_waiting(waiting - 1)
         else:
             await host.until_running(1)
+    await cluster.publish(a_route("m", second))
     lost.script = after(3, crash)
     lost.go.set()
     await cluster.controller.until_waiting(2)
@@ -319,18 +320,18 @@ async def test_tokens_mean_nothing_to_another_revision(
 async def test_a_request_on_a_replica_whose_generation_is_over_goes_on(cluster: Any, a_route: Any) -> None:
     host, target = await cluster.host("rep-1")
     _, second = await cluster.host("rep-2")
-    host.go.clear()
+    host.script = hanging(host, 2)
+    cluster.controller.on_acquire = answering(AcquireUpdate(target=second))
     await cluster.publish(a_route("m", target))
     asking = asyncio.create_task(ask(cluster, STREAMED))
     await host.until_running(1)
     host.generation = 2
-    host.go.set()
-    host.script = lambda output: (host.go.clear(), output)[1] if output.position == 2 else output
-    await cluster.publish(a_route("m", replace(target, generation=2, capacity=100), second))
+    await cluster.publish(a_route("m", replace(target, generation=2)))
     another = asyncio.create_task(ask(cluster, {**STREAMED, "max_tokens": 2}))
     assert texts_of(await asking)[0] == TEXT
     host.go.set()
     assert texts_of(await another)[0] == TEXT[:2]
+    assert host.streams == 2
 
 
 # --- replicas that hang ----------------------------------------------------------------------
