@@ -6,13 +6,18 @@ import itertools
 
 import pytest
 
-from sllm.core.ids import RequestId
-from sllm.core.tokens import StepOutputs, TokenRequest
+from sllm.core.ids import NodeName, ReplicaId, RequestId
+from sllm.core.route import RouteTarget
+from sllm.core.tokens import Finish, FinishReason, StepOutputs, TokenRequest
 from sllm.engine import connection as connections
 from sllm.engine.base import Output
 from sllm.engine.connection import Connection
 from sllm.engine.requests import Requests
 from sllm.errors import EngineFailed, SllmError, Unavailable
+
+TARGET = RouteTarget(
+    replica=ReplicaId("rep-2"), node=NodeName("b"), address="x:1", generation=1, revision=1, capacity=4
+)
 
 
 def ask(stream_id: int, *, had: int = 0) -> TokenRequest:
@@ -115,3 +120,57 @@ async def test_large_outputs_of_one_step_do_not_share_a_message() -> None:
     large = [Output(key=key, token_ids=[7], prompt_logprobs=b"large") for key in keys[:2]]
     requests.deliver([*large, Output(key=keys[2], token_ids=[7])], 1.5, 9)
     assert [[output.stream_id for output in step.outputs] for step in await drained(one)] == [[1], [2], [3]]
+
+
+async def test_a_handover_tells_each_sequence_behind_all_it_was_sent_and_forgets_them() -> None:
+    ended: list[RequestId] = []
+    requests = table(ended)
+    one = requests.connect("one")
+    keys = [requests.open(one, ask(1)), requests.open(one, ask(2, had=3))]
+    requests.deliver([Output(key=key, token_ids=[7]) for key in keys], 0.0, 9)
+    assert requests.hand_over(RequestId("req-1"), TARGET, 1.0, 10) == keys
+    requests.deliver([Output(key=keys[0], token_ids=[8])], 2.0, 11)  # of a step that was under way
+    step, handover = await drained(one)
+    assert len(step.outputs) == 2
+    assert [(moved.stream_id, moved.position, moved.target) for moved in handover.moves] == [
+        (1, 1, TARGET),
+        (2, 4, TARGET),
+    ]
+    assert (handover.outputs, handover.steps) == ([], 10)
+    assert (len(requests), one.keys, ended) == (0, {}, ["req-1"])
+
+
+def test_a_request_has_ended_with_its_last_sequence() -> None:
+    ended: list[RequestId] = []
+    requests = table(ended)
+    one = requests.connect("one")
+    keys = [requests.open(one, ask(stream_id)) for stream_id in (1, 2)]
+    finish = Finish(reason=FinishReason.LENGTH)
+    requests.deliver([Output(key=keys[0], token_ids=[7], finish=finish)], 0.0, 9)
+    assert ended == []
+    assert requests.disconnect(one) == keys[1:]
+    assert ended == ["req-1"]
+
+
+def test_a_sequence_knows_its_tokens_and_its_interval() -> None:
+    requests = table()
+    key = requests.open(requests.connect("one"), ask(1, had=2))
+    (sequence,) = requests.sequences(RequestId("req-1"))
+    seen = []
+    for now, token_ids in ((5.0, [1]), (5.5, [2]), (5.9, []), (7.5, [3, 4])):
+        requests.deliver([Output(key=key, token_ids=token_ids)], now, 9)
+        seen.append(sequence.interval_s)
+    assert seen[:3] == [None, 0.5, 0.5]
+    assert seen[3] == pytest.approx(0.5 + 0.2 * (1.0 - 0.5)), "the latest counts a fifth"
+    assert (list(sequence.token_ids), sequence.position) == ([5, 5, 5, 1, 2, 3, 4], 6)
+
+
+async def test_a_sign_of_life_comes_only_where_requests_are_and_nothing_else_was_sent() -> None:
+    requests = table()
+    busy, quiet, idle = (requests.connect(name) for name in ("busy", "quiet", "idle"))
+    key, _ = requests.open(busy, ask(1)), requests.open(quiet, ask(1))
+    requests.deliver([Output(key=key, token_ids=[7])], 0.0, 9)
+    for steps in (9, 10):
+        requests.beat(1.0, steps)  # the second finds the first unread
+    counts = [[(len(step.outputs), step.steps) for step in await drained(each)] for each in (busy, quiet, idle)]
+    assert counts == [[(1, 9)], [(0, 9)], []]
