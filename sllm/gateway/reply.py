@@ -72,7 +72,7 @@ class Reply:
 
     def expect_pause(self) -> None:
         """Nothing may come for a while in the middle of an answer: a stream gets comments until it goes on."""
-        if self._passing and self._request.streaming:
+        if self._passing and not self._over and self._request.streaming:
             self._passing = False  # the next token ends them, off the hot path
             self._await_comments()
 
