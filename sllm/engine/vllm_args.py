@@ -22,6 +22,9 @@ from sllm.engine.vllm_setup import import_architecture
 from sllm.errors import InvalidArgument, InvalidCheckpoint, SllmError
 
 
+_CPU_BLOCK_SIZE = 32  # the smallest that vLLM's CPU attention takes; its own default is 128
+
+
 class _Parser(FlexibleArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InvalidArgument(f"engine arguments: {message}")
@@ -88,6 +91,9 @@ def _for_cpu(args: EngineArgs, launch: Launch) -> None:
     args.max_num_batched_tokens = max(
         args.max_num_batched_tokens or 0, launch.spec.max_model_len + launch.spec.capacity
     )
+    if "block_size" not in given:
+        # Whoever resumes a request computes the partly filled block again. See docs/decisions/0012-block-size.md.
+        args.block_size = _CPU_BLOCK_SIZE
     if "kv_cache_memory_bytes" not in given:
         args.kv_cache_memory_bytes = launch.kv_cache_bytes
     if "enforce_eager" not in given:
