@@ -21,7 +21,6 @@ from sllm.engine.vllm_loader import LOAD_FORMAT
 from sllm.engine.vllm_setup import import_architecture
 from sllm.errors import InvalidArgument, InvalidCheckpoint, SllmError
 
-
 _CPU_BLOCK_SIZE = 32  # the smallest that vLLM's CPU attention takes; its own default is 128
 
 
