@@ -37,6 +37,15 @@ def test_the_longest_prompt_fits_in_one_step_while_others_decode(vllm: SimpleNam
     assert vllm.args.engine_args(given).max_num_batched_tokens == 500
 
 
+def test_blocks_on_a_cpu_are_as_small_as_its_attention_takes_them(vllm: SimpleNamespace, launch: Make) -> None:
+    """16 would be less to compute again at a handover: when vLLM's kernels take it, think again (decision 0012)."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert vllm.args.engine_config(launch()).cache_config.block_size == 32
+    assert [size.base for size in CPUAttentionBackend.get_supported_kernel_block_sizes()] == [32]
+    assert vllm.args.engine_args(launch(engine_args={"block_size": "64"})).block_size == 64
+
+
 def test_what_a_deployment_says_wins_over_our_defaults(vllm: SimpleNamespace, launch: Make) -> None:
     given = {"enforce_eager": "false", "kv_cache_memory_bytes": "2097152", "dtype": "float32", "seed": "5"}
     args = vllm.args.engine_args(launch(engine_args=given))

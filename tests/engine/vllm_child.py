@@ -25,6 +25,7 @@ ARGUMENTS: dict[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 2048,
     "enable_chunked_prefill": False,
+    "block_size": 32,
     "kv_cache_memory_bytes": 64 << 20,
     "enforce_eager": True,
     "distributed_executor_backend": "uni",
