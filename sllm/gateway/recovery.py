@@ -1,7 +1,7 @@
 """Decides (pure) what a failure means for a request: it goes on elsewhere, or its client is told.
 
-A request may be what its engine died of. So what counts is failures in a row, without a new token between them: a
-request that goes on is not to blame, one that gets nowhere must not take down one replica after the other.
+A request may be what its engine died of. So what counts is replicas in a row that gave it not one token: a request that
+gets on is not to blame, one that gets nowhere must not take down one replica after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum, auto
 
 from sllm.errors import EngineFailed, SllmError, StaleGeneration, Unavailable
 
-# So many replicas may die with a request that makes no progress.
+# So many replicas in a row may die with a request without having got it on.
 _MAX_DEATHS = 2
 # So often it is sent on when it was turned away.
 _MAX_REFUSALS = 3
@@ -29,7 +29,7 @@ class Trouble(Enum):
 class Verdict(Enum):
     FAIL = auto()
     GO_ON = auto()
-    GO_ON_AFRESH = auto()  # with all the time for it: it had got on, or nothing went wrong before
+    GO_ON_AFRESH = auto()  # with all the time for it: it had got on, or a replica died with it for the first time
 
 
 def trouble_of(error: SllmError, *, broken: bool, reached: bool) -> Trouble:
@@ -58,12 +58,12 @@ class Troubles:
         """Take in a failure of a request that has `tokens` by now."""
         if trouble is Trouble.REQUEST:
             return Verdict.FAIL
-        progressed = tokens > self.tokens
-        if progressed:
+        if tokens > self.tokens:
             self.tokens, self.deaths, self.refusals = tokens, 0, 0
+            return Verdict.GO_ON_AFRESH
         self.deaths += trouble is Trouble.DIED
         self.refusals += trouble is Trouble.REFUSED
         if self.deaths >= _MAX_DEATHS or self.refusals > _MAX_REFUSALS:
             return Verdict.FAIL
         first_death = trouble is Trouble.DIED and self.deaths == 1
-        return Verdict.GO_ON_AFRESH if progressed or first_death else Verdict.GO_ON
+        return Verdict.GO_ON_AFRESH if first_death else Verdict.GO_ON

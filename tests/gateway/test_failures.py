@@ -50,10 +50,11 @@ def break_stream(output: TokenOutput) -> TokenOutput:
 async def publish_failing(
     cluster: Any, a_route: Any, change: Callable[[TokenOutput], TokenOutput], *, after_outputs: int
 ) -> None:
-    """Serve by a replica that fails after some outputs, and by one that then fails at once: nobody can go on."""
+    """Serve by a replica that fails after some outputs, and by two that then fail at once: nobody can go on."""
     _, first = await cluster.host("rep-1", script=after(after_outputs, change))
     _, second = await cluster.host("rep-2", script=change)
-    await cluster.publish(a_route("m", first, second))
+    _, third = await cluster.host("rep-3", script=change)
+    await cluster.publish(a_route("m", first, second, third))
 
 
 async def until_idle(cluster: Any) -> None:
@@ -89,7 +90,7 @@ async def test_what_the_engine_cannot_accept_is_the_callers_fault(cluster: Any, 
         (fail, "CUDA error"),
         (give_up, "gave up the request: abort"),
         (skip_one, "has a gap: token 3 was due, 4 came"),
-        (break_stream, "rep-2 on node-1 was lost: the host is going down"),
+        (break_stream, "rep-3 on node-1 was lost: the host is going down"),
     ],
 )
 class TestMidStream:

@@ -315,8 +315,8 @@ async def test_an_engine_that_fails_mid_stream_is_never_a_short_answer(
         return output if next(counter) < 7 else replace(output, token_ids=[], finish=failed)
 
     up.hosts["rep-1"].script = fail
-    _, other = await up.host("rep-2", script=fail)
-    await up.publish(a_route("m", up.target("rep-1"), other, sources=(up.agent_address,)))
+    others = [(await up.host(name, script=fail))[1] for name in ("rep-2", "rep-3")]
+    await up.publish(a_route("m", up.target("rep-1"), *others, sources=(up.agent_address,)))
     stream = await client.chat.completions.create(model="m", messages=CHAT, n=n, stream=True)  # type: ignore[arg-type]
     chunks: list[Any] = []
     with pytest.raises(openai.APIError, match="CUDA error"):
