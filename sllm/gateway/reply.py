@@ -127,6 +127,8 @@ class Reply:
         self._passing = True
         self._over = not message.get("more_body", False)
         await self._send(message)
+        if self._request.target is None and self._request.sequences:
+            self.expect_pause()  # these were the last tokens of a replica that it has lost meanwhile
 
     def _begin_comments(self) -> None:
         self._commenting = asyncio.create_task(self._comment())
