@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+_CALL, _END = b"c", b"e"
 
 
-def in_fork(work: Callable[[], T]) -> T:
-    """Return what `work` returns (JSON has to carry it), done in a fork of this process, which must be single-threaded.
+class Fork:
+    """A fork of this process, which must be single-threaded. It makes something to call, and calls it when called: so
+    several can take turns."""
 
-    Raises RuntimeError if it ends without a result.
-    """
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, json.dumps(work()).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as results:
-        text = results.read()
-    os.waitpid(pid, 0)
-    if not text:
-        raise RuntimeError("the engine's process ended without a result")
-    result: T = json.loads(text)
-    return result
+    def __init__(self, make: Callable[[], Callable[[], Any]]) -> None:
+        turns, self._turns = os.pipe()
+        results, results_in = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._turns)
+            try:
+                _take_turns(make(), turns, results_in)
+            finally:
+                os._exit(0)
+        os.close(turns)
+        os.close(results_in)
+        self._results = os.fdopen(results, "rb")
+
+    def __call__(self) -> Any:
+        """Return what a call there returns (JSON has to carry it). Raises RuntimeError if it ends without a result."""
+        self._tell(_CALL)
+        line = self._results.readline()
+        if not line:
+            raise RuntimeError("the engine's process ended without a result")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._tell(_END)  # closing its end would not do: other forks have it, too
+        os.close(self._turns)
+        self._results.close()
+        os.waitpid(self._pid, 0)
+
+    def _tell(self, what: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+            os.write(self._turns, what)
+
+
+def _take_turns(call: Callable[[], Any], turns: int, results: int) -> None:
+    while os.read(turns, 1) == _CALL:
+        line = json.dumps(call()).encode() + b"\n"
+        while line:
+            line = line[os.write(results, line) :]
+
+
+def in_fork(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns, done in a fork."""
+    fork = Fork(lambda: work)
+    try:
+        return fork()
+    finally:
+        fork.close()
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:
