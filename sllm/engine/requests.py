@@ -7,25 +7,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sllm.core.ids import RequestId
+from sllm.core.pace import Pace
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import Finish, FinishReason, Moved, StepOutputs, TokenOutput, TokenRequest
 from sllm.engine.base import Output
 from sllm.engine.connection import Connection
 from sllm.errors import InvalidArgument, SllmError
 
-# How much the latest token weighs in a sequence's interval: one that was late by chance must not look like a trend.
-_LATEST = 0.2
-
 
 @dataclass(slots=True)
 class Sequence:
-    """One open sequence. `token_ids` are prompt and output so far, four bytes each: what goes elsewhere if it moves.
-
-    `interval_s` is the time between its tokens, smoothed; None before the second.
-    """
+    """One open sequence. `token_ids` are prompt and output so far, four bytes each: what goes elsewhere if it moves."""
 
     connection: Connection
     stream_id: int
@@ -33,8 +28,7 @@ class Sequence:
     cache_salt: str
     num_prompt_tokens: int
     token_ids: array[int]
-    interval_s: float | None = None
-    last_at: float | None = None
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def position(self) -> int:
@@ -42,14 +36,8 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def advance(self, token_ids: list[int], now: float) -> None:
-        if not token_ids:
-            return
         self.token_ids.extend(token_ids)
-        if self.last_at is not None:
-            latest_s = (now - self.last_at) / len(token_ids)
-            before_s = latest_s if self.interval_s is None else self.interval_s
-            self.interval_s = before_s + _LATEST * (latest_s - before_s)
-        self.last_at = now
+        self.pace.advance(len(token_ids), now)
 
 
 class Requests:

@@ -18,7 +18,7 @@ def progress_of(sequences: Sequenced[Sequence]) -> Progress:
     return Progress(
         prompt_tokens=sequences[0].num_prompt_tokens,
         output_tokens=sum(each.position for each in sequences),
-        interval_s=max(each.interval_s or 0.0 for each in sequences),
+        interval_s=max(each.pace.interval_s or 0.0 for each in sequences),
         choices=len(sequences),
     )
 

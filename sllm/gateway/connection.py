@@ -88,7 +88,8 @@ class Connection:
         """Send a sequence to the engine; one that has had output before is resumed."""
         if self.idle:
             self._liveness.begin(self._loop.time())
-        sequence.connection, sequence.stream_id, sequence.last_at = self, next(self._ids), None
+        sequence.connection, sequence.stream_id = self, next(self._ids)
+        sequence.pace.pause()
         self._live[sequence.stream_id] = sequence
         journal = sequence.journal
         self._stream.send(
@@ -192,7 +193,7 @@ class Connection:
                 continue
             if fresh is None:
                 continue
-            sequence.advance(len(fresh.token_ids), now)
+            sequence.pace.advance(len(fresh.token_ids), now)
             error = None
             if fresh.finish is not None:
                 error = _failure(fresh)

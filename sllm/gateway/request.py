@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from sllm.core.ids import DeploymentName, ReplicaId, RequestId
+from sllm.core.pace import Pace
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import Finish, FinishReason, TokenOutput
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 Batch = list[tuple[str, TokenOutput]]
 
 _FAILED = Finish(reason=FinishReason.ERROR)
-# How much the latest token weighs in a sequence's interval.
-_LATEST = 0.2
 
 
 class Sink(Protocol):
@@ -36,8 +35,7 @@ class Sink(Protocol):
 class Sequence:
     """One choice for one prompt, as the engine sees it. `key` is how its front end names it.
 
-    `connection` is set while an engine works on it. `interval_s` is the time between its tokens, smoothed; `last_at`
-    is when the last one came of the engine that works on it now.
+    `connection` is set while an engine works on it.
     """
 
     key: str
@@ -51,17 +49,7 @@ class Sequence:
     max_tokens: int = 0
     connection: Connection | None = None
     stream_id: int = 0
-    interval_s: float = 0.0
-    last_at: float | None = None
-
-    def advance(self, tokens: int, now: float) -> None:
-        """Note that tokens have come."""
-        if not tokens:
-            return
-        if self.last_at is not None:
-            latest_s = (now - self.last_at) / tokens
-            self.interval_s = self.interval_s + _LATEST * (latest_s - self.interval_s) if self.interval_s else latest_s
-        self.last_at = now
+    pace: Pace = field(default_factory=Pace)
 
     def put_failure(self) -> None:
         """Tell the front end that the sequence failed; why is in its request."""
@@ -160,7 +148,7 @@ class OpenRequest:
             output_tokens=self.output_tokens,
             started_at=self.started_at,
             max_tokens=self.max_tokens,
-            interval_s=max((s.interval_s for s in self.sequences.values()), default=0.0),
+            interval_s=max((s.pace.interval_s or 0.0 for s in self.sequences.values()), default=0.0),
             moves=self.moves,
         )
 

@@ -159,7 +159,7 @@ def test_a_sequence_knows_its_tokens_and_its_interval() -> None:
     seen = []
     for now, token_ids in ((5.0, [1]), (5.5, [2]), (5.9, []), (7.5, [3, 4])):
         requests.deliver([Output(key=key, token_ids=token_ids)], now, 9)
-        seen.append(sequence.interval_s)
+        seen.append(sequence.pace.interval_s)
     assert seen[:3] == [None, 0.5, 0.5]
     assert seen[3] == pytest.approx(0.5 + 0.2 * (1.0 - 0.5)), "the latest counts a fifth"
     assert (list(sequence.token_ids), sequence.position) == ([5, 5, 5, 1, 2, 3, 4], 6)
