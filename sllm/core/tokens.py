@@ -14,6 +14,8 @@ from sllm.core.route import RouteTarget
 from sllm.errors import SllmError
 
 PROTOCOL_VERSION = 1
+# An engine's first step may compile and allocate: so many times as long as for any other is waited for it.
+FIRST_STEP_PATIENCE = 5
 
 
 class FinishReason(Enum):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-# The first step of a model may compile and allocate.
-_FIRST_STEP = 5
+from sllm.core.tokens import FIRST_STEP_PATIENCE
 
 
 class Watchdog:
@@ -23,4 +22,4 @@ class Watchdog:
             self._beats, self._steps = 0, steps
             return False
         self._beats += 1
-        return self._beats >= (self._limit if steps else self._limit * _FIRST_STEP)
+        return self._beats >= (self._limit if steps else self._limit * FIRST_STEP_PATIENCE)

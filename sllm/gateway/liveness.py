@@ -6,10 +6,9 @@ has made. Nobody asks them: what is due is computed, and looked at then.
 
 from __future__ import annotations
 
+from sllm.core.tokens import FIRST_STEP_PATIENCE
 from sllm.errors import EngineFailed, SllmError, Unavailable
 
-# The first step of a model may compile and allocate.
-_FIRST_STEP = 5
 # Looked at later than this, it was this process that stood still: what the host has said may lie unread.
 _LATE_S = 1.0
 
@@ -38,7 +37,7 @@ class Liveness:
 
     @property
     def _patience_s(self) -> float:
-        return self._stall_s if self._steps else self._stall_s * _FIRST_STEP
+        return self._stall_s if self._steps else self._stall_s * FIRST_STEP_PATIENCE
 
     def problem(self, now: float) -> SllmError | None:
         """Return what it died of, if so."""
