@@ -31,6 +31,7 @@ from sllm.errors import SllmError
 _KINDS = {"vllm": "sllm.engine.vllm_setup", "fake": "sllm.engine.fake"}
 _PACKET_BYTES = 64 << 10
 _FDS = 4  # launch, lease, feed, log
+_PID_BYTES = 4
 
 # Read by OpenMP and by libraries when they are loaded, so they must be set before anything is imported.
 _ENVIRONMENT = {
@@ -103,16 +104,24 @@ def _fork(control: socket.socket, kind: EngineKind, nonce: str, fds: Sequence[in
     launch = Launch.from_json(os.pread(fds[0], os.fstat(fds[0]).st_size, 0).decode())
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or each child would write it again
-    middle = os.fork()
-    if middle == 0:
-        _fork_again(control, kind, launch, fds, nonce)
-    _, status = os.waitpid(middle, 0)
-    if status != 0:
-        raise OSError(f"forking failed: status {os.waitstatus_to_exitcode(status)}")
+    reader, writer = os.pipe()
+    try:
+        middle = os.fork()
+        if middle == 0:
+            os.close(reader)
+            _fork_again(control, kind, launch, fds, writer)
+        _, status = os.waitpid(middle, 0)
+        if status != 0:
+            raise OSError(f"forking failed: status {os.waitstatus_to_exitcode(status)}")
+        # The middle process is gone, so that the host is the agent's child: should it die at once, the agent sees how.
+        _send(control, {"forked": nonce, "pid": int.from_bytes(os.read(reader, _PID_BYTES))})
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
-def _fork_again(control: socket.socket, kind: EngineKind, launch: Launch, fds: Sequence[int], nonce: str) -> None:
-    """In the middle process: fork the host, tell the agent its pid, and be gone."""
+def _fork_again(control: socket.socket, kind: EngineKind, launch: Launch, fds: Sequence[int], writer: int) -> None:
+    """In the middle process: fork the host, write its pid, and be gone."""
     from sllm.engine.process import become_host  # imported by `warm_up`, after the engine
 
     code = 1
@@ -120,10 +129,11 @@ def _fork_again(control: socket.socket, kind: EngineKind, launch: Launch, fds: S
         pid = os.fork()
         if pid == 0:
             control.close()
+            os.close(writer)
             os.close(fds[0])
             code = become_host(launch, kind, lease_fd=fds[1], feed_fd=fds[2], log_fd=fds[3])
         else:
-            _send(control, {"forked": nonce, "pid": pid})
+            os.write(writer, pid.to_bytes(_PID_BYTES))
             code = 0
     finally:
         leave(code)
