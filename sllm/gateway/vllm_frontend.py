@@ -8,6 +8,7 @@ Configuration and tokenizer are read in a thread, because they may take seconds 
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import gc
 import json
@@ -199,7 +200,8 @@ def _parse(recipe: Recipe, folder: Path) -> Any:
         "--disable-fastapi-docs",
         *flags_for(dict(recipe.engine_args), Taker.FRONT_END),
     ]
-    args = _parser().parse_args(flags)
+    # vLLM writes into its configurations, and the parser gives each front end the same ones where nothing is asked.
+    args = copy.deepcopy(_parser().parse_args(flags))
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:

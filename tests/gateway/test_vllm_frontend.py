@@ -370,6 +370,15 @@ async def test_wrong_engine_arguments_are_named(
     assert reason in answer.json()["error"]["message"]
 
 
+async def test_engine_arguments_of_one_deployment_are_not_those_of_the_next(vllm_cluster: Any, a_route: Any) -> None:
+    _, target = await vllm_cluster.host()
+    sources = (vllm_cluster.agent_address,)
+    await vllm_cluster.publish(a_route("odd", target, sources=sources, engine_args={"reasoning_parser": "no_such"}))
+    assert (await vllm_cluster.http.post(COMPLETIONS, json={"model": "odd", "prompt": "x"})).status_code == 503
+    await vllm_cluster.publish(a_route("m", target, sources=sources))
+    assert (await vllm_cluster.http.post(COMPLETIONS, json={"model": "m", "prompt": "x"})).status_code == 200
+
+
 async def test_a_checkpoint_without_a_tokenizer_says_so(vllm_cluster: Any, a_route: Any) -> None:
     vllm_cluster.agent.files["bare"] = [f for f in vllm_cluster.agent.files["sha256-1"] if f.path == "config.json"]
     await vllm_cluster.publish(a_route("m", sources=(vllm_cluster.agent_address,), digest="bare"))
