@@ -31,7 +31,8 @@ class Flight:
 @dataclass(slots=True, kw_only=True)
 class Tally:
     """What a job has seen of its requests. `tried` are destinations at which a migration failed, `errors` the last
-    error of each such request; `refused` are orders in a row that a source's agent did not carry out."""
+    error of each such request; `refused` are orders in a row that a source's agent did not carry out. `rounds` and
+    `sent_bytes` are those of what has moved."""
 
     seen: set[RequestId] = field(default_factory=set)
     moved: set[RequestId] = field(default_factory=set)
@@ -41,6 +42,8 @@ class Tally:
     refused: int = 0
     refusal: SllmError | None = None
     started: bool = False
+    rounds: int = 0
+    sent_bytes: int = 0
 
 
 class Flights:
@@ -64,6 +67,8 @@ class Flights:
         tally = self.tally(flight.job)
         if report.state is MigrationState.MOVED:
             tally.moved.add(report.request)
+            tally.rounds += report.rounds
+            tally.sent_bytes += report.sent_bytes
         elif report.state is MigrationState.FINISHED:
             tally.finished.add(report.request)
         elif report.state is MigrationState.FAILED:

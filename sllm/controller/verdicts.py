@@ -40,7 +40,13 @@ def of_migration(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Op
     moved = len(job.requests) - len(left) - len(tally.finished - tally.moved)
     if not left:
         finished = len(job.requests) - moved
-        return _done(job.operation, f"{moved} moved, {finished} finished first" if finished else f"{moved} moved")
+        parts = [f"{moved} moved"]
+        if finished:
+            parts.append(f"{finished} finished first")
+        if tally.rounds:
+            parts.append(f"{tally.rounds} rounds")
+            parts.append(f"{tally.sent_bytes:,} bytes sent")
+        return _done(job.operation, ", ".join(parts))
     stuck = [request for request in left if request in decision.refusals]
     if len(stuck) == len(left):
         return _stuck(job, tally, decision, stuck, scene)

@@ -57,6 +57,15 @@ def test_a_failure_names_its_destination_and_its_error():
     assert isinstance(tally.errors["r1"], Unavailable)
 
 
+def test_what_has_moved_says_what_it_took():
+    flights = begun()
+    flights.report(report("r1", MigrationState.ROUNDS, rounds=1, sent_bytes=400))
+    flights.report(report("r1", MigrationState.MOVED, rounds=2, sent_bytes=900))
+    flights.report(report("r2", MigrationState.FINISHED, rounds=1, sent_bytes=500))
+    tally = flights.tally("op-1")
+    assert (tally.rounds, tally.sent_bytes) == (2, 900)
+
+
 def test_orders_that_are_not_carried_out_are_counted_in_a_row():
     flights = Flights()
     for error in (Unavailable("away"), Unavailable("away"), None):

@@ -56,6 +56,20 @@ async def test_all_of_a_replica_moves_in_one_order(bench):
     assert bench.ready() == 2, "the replica stays"
 
 
+async def test_what_a_move_took_is_told(bench):
+    source, target = await two(bench)
+    await bench.request(source, "req-1")
+
+    async def moves(order):
+        bench.follow("req-1", target.spec.id)
+        told = {"migration": order.id, "request": "req-1", "state": MigrationState.MOVED}
+        yield MigrationReport(**told, rounds=3, sent_bytes=1234)
+
+    bench.agents["a"].migrates = moves
+    done = await bench.done(await bench.migrate("b", request="req-1"))
+    assert done.phase == "1 moved, 3 rounds, 1,234 bytes sent"
+
+
 async def test_nothing_to_move_is_done_at_once(bench):
     source, _ = await two(bench)
     assert (await bench.done(await bench.migrate("b", replica=source.spec.id))).state == "done"
