@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from sllm.core.ids import ReplicaId, RequestId
@@ -57,10 +57,8 @@ class Loads:
         rows = tuple(self._placed(row) for row in rows)
         for row in over:
             self._moved.pop(row.id, None)
-        running = [row for row in rows if row.state is RequestState.RUNNING]
-        counted = Counter(row.replica for row in running if row.replica)
-        self._gateways[gateway, incarnation] = _Gateway(rows=rows, running=counted, seen_at=now)
-        confirmed = {row.id for row in running}
+        self._gateways[gateway, incarnation] = _Gateway(rows=rows, running=_counted(rows), seen_at=now)
+        confirmed = {row.id for row in rows if row.state is RequestState.RUNNING}
         for ticket, granted in list(self._granted.items()):
             if granted.gateway == gateway:
                 self._age(ticket, granted, incarnation, seen=granted.row.id in confirmed)
@@ -71,8 +69,7 @@ class Loads:
         for key, gateway in self._gateways.items():
             if any(row.id == request for row in gateway.rows):
                 rows = tuple(replace(row, replica=target) if row.id == request else row for row in gateway.rows)
-                running = Counter(r.replica for r in rows if r.state is RequestState.RUNNING and r.replica)
-                self._gateways[key] = replace(gateway, rows=rows, running=running)
+                self._gateways[key] = replace(gateway, rows=rows, running=_counted(rows))
                 self._moved[request] = _Moved(target=target, reports=0)
         for ticket, granted in self._granted.items():
             if granted.row.id == request:
@@ -144,3 +141,8 @@ class Loads:
         granted.reports[incarnation] += 1
         if seen or granted.reports[incarnation] >= _REPORTS_TO_CONFIRM:
             del self._granted[ticket]
+
+
+def _counted(rows: Iterable[RequestRow]) -> Counter[ReplicaId]:
+    """How many requests run on each replica."""
+    return Counter(row.replica for row in rows if row.state is RequestState.RUNNING and row.replica)
