@@ -16,8 +16,9 @@ from sllm.cli import context as contexts
 from sllm.config import TlsConfig, check
 from sllm.core.ids import NodeName, ReplicaId, RequestId, make_id
 from sllm.core.operation import Operation, OperationState
+from sllm.core.replica import ReplicaState
 from sllm.errors import SllmError
-from sllm.rpc.control import ControlClient, Empty, MigrateRequest, WatchOperationRequest
+from sllm.rpc.control import ControlClient, Empty, MigrateRequest, ReplicaRow, WatchOperationRequest
 from sllm.rpc.identity import load_tls
 
 T = TypeVar("T")
@@ -44,6 +45,12 @@ class Operator:
 
     def nodes(self) -> list[NodeName]:
         return [node.report.name for node in self._run(self._client.get_status(Empty())).nodes]
+
+    def ready(self, deployment: str) -> list[ReplicaRow]:
+        """The replicas of a deployment that are ready."""
+        rows = self._run(self._client.get_status(Empty())).replicas
+        ready = [row for row in rows if row.status.state is ReplicaState.READY]
+        return [row for row in ready if row.status.spec.deployment == deployment]
 
     def node_of(self, request: str) -> NodeName | None:
         """Where a request runs, as far as the controller has heard."""
