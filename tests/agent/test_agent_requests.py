@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.following import Gateway
+from engine.following import Gateway, target_of
 
 from sllm.core.device import DeviceState
-from sllm.core.ids import DeviceId, MigrationId, NodeName, ReplicaId, RequestId
+from sllm.core.ids import DeviceId, MigrationId, ReplicaId, RequestId
 from sllm.core.migration import MigrationOrder, MigrationState
-from sllm.core.replica import ReplicaStatus
-from sllm.core.route import RouteTarget
 from sllm.core.tokens import TokenRequest
-from sllm.errors import EngineFailed
+from sllm.errors import EngineFailed, Unavailable
 from sllm.rpc.agents import MigrateCommand
 
 pytestmark = pytest.mark.e2e
@@ -27,19 +25,6 @@ async def gateway() -> AsyncIterator[Gateway]:
     follower = Gateway()
     yield follower
     await follower.close()
-
-
-def target_of(status: ReplicaStatus) -> RouteTarget:
-    spec = status.spec
-    assert status.address is not None
-    return RouteTarget(
-        replica=spec.id,
-        node=NodeName("node-1"),
-        address=status.address,
-        generation=spec.generation,
-        revision=spec.revision,
-        capacity=spec.capacity,
-    )
 
 
 def ask(max_tokens: int) -> TokenRequest:
@@ -57,12 +42,14 @@ async def test_an_engine_that_hangs_is_a_failed_replica_and_its_process_is_ended
     agent = make_agent(env={"SLLM_FAKE_TOKEN_S": "3600"}, stall_s=0.1)
     await agent.start()
     await agent.start_replica(make_spec((await agent.add(model)).digest, devices=(DeviceId("cpu-0"),)))
-    followed = gateway.send(target_of(await agent.replica_in("ready")), ask(9))
+    status = await agent.replica_in("ready")
+    followed = gateway.send(target_of(status.spec, status.address), ask(9))
     status = await agent.replica_in("failed")
     assert (status.error, status.error_reason) == ("the engine made no step for 0.1 s", "ENGINE_FAILED")
-    await gateway.finished(followed)
-    assert followed.finish is not None
-    assert isinstance(followed.finish.error, EngineFailed)
+    with suppress(Unavailable):  # the process may be gone before that has been sent
+        await gateway.finished(followed)
+        assert followed.finish is not None
+        assert isinstance(followed.finish.error, EngineFailed)
     await process_end(status.pid)
     await agent.controller.until(lambda r: [device.state for device in r.devices] == [DeviceState.FREE])
 
@@ -76,7 +63,8 @@ async def test_a_host_that_was_found_again_carries_out_orders_to_migrate(
     for n in (0, 1):
         await agent.start_replica(make_spec(digest, id=ReplicaId(f"rep-{n}"), devices=(DeviceId(f"cpu-{n}"),)))
     report = await agent.controller.until(lambda r: [each.state for each in r.replicas] == ["ready", "ready"])
-    source, destination = sorted((target_of(each) for each in report.replicas), key=lambda target: target.replica)
+    replicas = sorted(report.replicas, key=lambda each: each.spec.id)
+    source, destination = (target_of(each.spec, each.address) for each in replicas)
     followed = gateway.send(source, ask(100))
     await gateway.until(lambda: followed.tokens)
     await agent.kill()

@@ -20,7 +20,7 @@ from sllm.rpc.agents import AddCheckpointCommand
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(300)]
 
 CPU = (DeviceId("cpu-0"),)
-WIDTH, INNER, WORDS = 64, 128, 64
+WIDTH, INNER, WORDS = 64, 512, 64  # some parameters large enough to be used where they lie
 LAYER = {
     "self_attn.q_proj": [WIDTH, WIDTH],
     "self_attn.k_proj": [WIDTH, WIDTH],

@@ -23,10 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engine.following import target_of
 
 from sllm.agent.records import Records
 from sllm.core.grant import POOL_BLOCK_BYTES, Extent, Grant
-from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, ReplicaId, RequestId
+from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, ReplicaId, RequestId
 from sllm.core.launch import Launch, LaunchRecord
 from sllm.core.replica import ReplicaSpec, ReplicaState
 from sllm.core.route import RouteTarget
@@ -249,16 +250,8 @@ class Served:
 
     @property
     def target(self) -> RouteTarget:
-        """What a gateway knows of it; its node is called as its replica is."""
-        spec = self.launch.spec
-        return RouteTarget(
-            replica=spec.id,
-            node=NodeName(spec.id.removeprefix("rep-")),
-            address=self.client.address,
-            generation=spec.generation,
-            revision=spec.revision,
-            capacity=spec.capacity,
-        )
+        """What a gateway knows of it."""
+        return target_of(self.launch.spec, self.client.address)
 
     def opening(self, **changes: Any) -> OpenStream:
         first = OpenStream(protocol_version=PROTOCOL_VERSION, gateway="gateway", generation=GENERATION)

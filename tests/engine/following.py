@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sllm.core.ids import NodeName
+from sllm.core.replica import ReplicaSpec
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import PROTOCOL_VERSION, Finish, Moved, OpenStream, TokenRequest
 from sllm.errors import SllmError, Unavailable
@@ -28,6 +30,18 @@ class Followed:
     def resumed(self, stream_id: int) -> TokenRequest:
         token_ids = [*self.request.token_ids, *self.tokens]
         return replace(self.request, stream_id=stream_id, token_ids=token_ids, num_output_tokens=len(self.tokens))
+
+
+def target_of(spec: ReplicaSpec, address: str) -> RouteTarget:
+    """Return what a gateway knows of a replica; its node is called as the replica is."""
+    return RouteTarget(
+        replica=spec.id,
+        node=NodeName(spec.id.removeprefix("rep-")),
+        address=address,
+        generation=spec.generation,
+        revision=spec.revision,
+        capacity=spec.capacity,
+    )
 
 
 class Gateway:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.following import Gateway
+from engine.following import Gateway, target_of
 
-from sllm.core.ids import MigrationId, NodeName, ReplicaId, RequestId
+from sllm.core.ids import MigrationId, ReplicaId, RequestId
 from sllm.core.launch import LaunchRecord
 from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState
 from sllm.core.route import RouteTarget
@@ -37,15 +37,7 @@ class Running:
 
     @property
     def target(self) -> RouteTarget:
-        spec = self.record.spec
-        return RouteTarget(
-            replica=spec.id,
-            node=NodeName(spec.id.removeprefix("rep-")),
-            address=self.record.address,
-            generation=spec.generation,
-            revision=spec.revision,
-            capacity=spec.capacity,
-        )
+        return target_of(self.record.spec, self.record.address)
 
 
 @dataclass

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from engine.following import Followed, Gateway
+from engine.following import Followed, Gateway, target_of
 
-from sllm.core.ids import MigrationId, NodeName, ReplicaId, RequestId
+from sllm.core.ids import MigrationId, ReplicaId, RequestId
 from sllm.core.launch import Launch
 from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState
 from sllm.core.replica import ReplicaState
@@ -40,15 +40,7 @@ class Running:
 
     @property
     def target(self) -> RouteTarget:
-        spec = self.launch.spec
-        return RouteTarget(
-            replica=spec.id,
-            node=NodeName(spec.id.removeprefix("rep-")),
-            address=self.client.address,
-            generation=spec.generation,
-            revision=spec.revision,
-            capacity=spec.capacity,
-        )
+        return target_of(self.launch.spec, self.client.address)
 
 
 @pytest.fixture

@@ -1,37 +1,13 @@
 """Planned moves: a host hands a request over, and the client's open stream goes on as if nothing had happened."""
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
+from gateway.asking import ASKED, CHOICES, COMPLETIONS, STREAMED, SUFFIXES, TEXT, events_of, texts_of
 
 from sllm.core.request import RequestState
 from sllm.errors import Unavailable
-
-COMPLETIONS = "/v1/completions"
-ASKED = {"model": "m", "prompt": "xy"}
-STREAMED = {**ASKED, "stream": True}
-TEXT = "Hello there."
-SUFFIXES = ["", "ab", "abcd"]
-CHOICES = {**STREAMED, "n": 3, "suffixes": SUFFIXES}
-
-
-async def events_of(cluster: Any, body: dict[str, Any]) -> list[str]:
-    """Ask, and return the events of the stream as they came."""
-    answer = await cluster.http.post(COMPLETIONS, json=body)
-    assert answer.status_code == 200
-    return [line for line in answer.text.splitlines() if line and not line.startswith(":")]
-
-
-def texts_of(events: list[str]) -> list[str]:
-    """Return the text of each choice."""
-    assert events[-1] == "data: [DONE]"
-    texts = [""] * 3
-    for event in events[:-1]:
-        document = json.loads(event.removeprefix("data: "))
-        texts[document["choice"]] += document["text"]
-    return texts
 
 
 async def until_gone(cluster: Any) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import itertools
-import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway.asking import ASKED, CHOICES, COMPLETIONS, STREAMED, SUFFIXES, TEXT, events_of, texts_of
 from gateway.plain_front_end import PlainBuilder
 from gateway.running import Cluster, running_cluster
 
@@ -16,12 +16,6 @@ from sllm.core.tokens import Finish, FinishReason, TokenOutput
 from sllm.errors import DeadlineExceeded, EngineFailed, InvalidArgument, QueueFull, SllmError, Unavailable
 from sllm.rpc.routes import AcquireRequest, AcquireUpdate
 
-COMPLETIONS = "/v1/completions"
-ASKED = {"model": "m", "prompt": "xy"}
-STREAMED = {**ASKED, "stream": True}
-TEXT = "Hello there."
-SUFFIXES = ["", "ab", "abcd"]
-CHOICES = {**STREAMED, "n": 3, "suffixes": SUFFIXES}
 CUDA_ERROR = Finish(reason=FinishReason.ERROR, error=EngineFailed("CUDA error"))
 
 Script = Callable[[TokenOutput], TokenOutput]
@@ -54,23 +48,6 @@ def after(count: int, change: Script) -> Script:
     return lambda output: output if next(counter) < count else change(output)
 
 
-def texts_of(lines: list[str]) -> list[str]:
-    """Return the text of each choice of a stream that is whole."""
-    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-    assert events[-1] == "[DONE]"
-    texts = [""] * 3
-    for event in events[:-1]:
-        document = json.loads(event)
-        texts[document["choice"]] += document["text"]
-    return texts
-
-
-async def ask(cluster: Any, body: dict[str, Any]) -> list[str]:
-    answer = await cluster.http.post(COMPLETIONS, json=body)
-    assert answer.status_code == 200, answer.text
-    return [line for line in answer.text.splitlines() if line.startswith("data: ")]  # no comments
-
-
 @pytest.mark.parametrize("change", [crash, fail, give_up, stop, skip_one])
 @pytest.mark.parametrize("at", range(len(TEXT) + 1))
 async def test_wherever_its_replica_is_lost_a_stream_goes_on(
@@ -79,9 +56,9 @@ async def test_wherever_its_replica_is_lost_a_stream_goes_on(
     lost, first = await cluster.host("rep-1")
     other, second = await cluster.host("rep-2")
     await cluster.publish(a_route("m", first, second))
-    undisturbed = await ask(cluster, STREAMED)
+    undisturbed = await events_of(cluster, STREAMED)
     lost.script = after(at, change)
-    assert await ask(cluster, STREAMED) == undisturbed
+    assert await events_of(cluster, STREAMED) == undisturbed
     [resumed] = other.requests
     assert (resumed.num_output_tokens, resumed.request_id) == (at, lost.requests[1].request_id)
     assert resumed.token_ids == lost.requests[1].token_ids + [ord(c) + 3 for c in TEXT[:at]]
@@ -105,7 +82,7 @@ async def test_choices_go_on_together_those_that_are_over_stay_over(
     _, first = await cluster.host("rep-1", script=after(at, change))
     other, second = await cluster.host("rep-2")
     await cluster.publish(a_route("m", first, second))
-    assert texts_of(await ask(cluster, CHOICES)) == [TEXT + suffix for suffix in SUFFIXES]
+    assert texts_of(await events_of(cluster, CHOICES)) == [TEXT + suffix for suffix in SUFFIXES]
     assert len(other.requests) == 3 if at <= 20 else len(other.requests) in (1, 2)
     assert not cluster.gateway.dispatcher._load
 
@@ -123,7 +100,7 @@ async def test_a_process_that_dies_costs_nothing_to_any_of_its_requests(cluster:
         return output
 
     lost.script = pause
-    asking = [asyncio.create_task(ask(cluster, body)) for body in [STREAMED, CHOICES] * 4]
+    asking = [asyncio.create_task(events_of(cluster, body)) for body in [STREAMED, CHOICES] * 4]
     await asyncio.wait_for(ten.wait(), 10)
     await cluster.publish(a_route("m", first, second))
     await cluster.servers["rep-1"][0].stop(None)
@@ -136,7 +113,7 @@ async def test_a_request_that_gets_on_may_lose_any_number_of_replicas(cluster: A
     hosts = [await cluster.host(f"rep-{i}", script=after(1, crash)) for i in range(8)]
     _, last = await cluster.host("rep-9")
     await cluster.publish(a_route("m", *(target for _, target in hosts), last))
-    assert texts_of(await ask(cluster, STREAMED))[0] == TEXT
+    assert texts_of(await events_of(cluster, STREAMED))[0] == TEXT
     assert [host.requests[0].num_output_tokens for host, _ in hosts] == list(range(8))
 
 
@@ -160,7 +137,7 @@ async def test_dead_replicas_that_are_still_in_the_table_are_passed_over(cluster
         await cluster.servers[f"rep-{i}"][0].stop(None)
     _, last = await cluster.host("rep-7")
     await cluster.publish(a_route("m", *targets, last))
-    assert texts_of(await ask(cluster, STREAMED))[0] == TEXT
+    assert texts_of(await events_of(cluster, STREAMED))[0] == TEXT
 
 
 async def test_what_the_other_replica_cannot_take_is_an_error_in_the_stream(cluster: Any, a_route: Any) -> None:
@@ -232,7 +209,7 @@ async def test_its_own_replica_will_do_if_the_trouble_has_passed(cluster: Any, a
 
     cluster.controller.on_acquire = acquire
     await cluster.publish(a_route("m", target))
-    assert texts_of(await ask(cluster, STREAMED))[0] == TEXT
+    assert texts_of(await events_of(cluster, STREAMED))[0] == TEXT
     assert (host.streams, len(cluster.controller.acquires)) == (2, 2)
 
 
@@ -271,7 +248,7 @@ async def test_a_full_queue_is_no_end_for_half_an_answer(cluster: Any, a_route: 
 
     cluster.controller.on_acquire = acquire
     await cluster.publish(a_route("m", first))
-    assert texts_of(await ask(cluster, STREAMED))[0] == TEXT
+    assert texts_of(await events_of(cluster, STREAMED))[0] == TEXT
 
 
 async def test_who_has_half_an_answer_goes_before_who_has_none(cluster: Any, a_route: Any) -> None:
@@ -282,7 +259,7 @@ async def test_who_has_half_an_answer_goes_before_who_has_none(cluster: Any, a_r
     await cluster.publish(a_route("m", first, second))
     asking = []
     for waiting, (prompt, host) in enumerate([("a", lost), ("b", other), ("c", None)]):
-        asking.append(asyncio.create_task(ask(cluster, {**STREAMED, "prompt": prompt})))
+        asking.append(asyncio.create_task(events_of(cluster, {**STREAMED, "prompt": prompt})))
         if host is None:
             await cluster.controller.until_waiting(waiting - 1)
         else:
@@ -325,11 +302,11 @@ async def test_a_request_on_a_replica_whose_generation_is_over_goes_on(cluster: 
     host.script = hanging(host, 2)
     cluster.controller.on_acquire = answering(AcquireUpdate(target=second))
     await cluster.publish(a_route("m", target))
-    asking = asyncio.create_task(ask(cluster, STREAMED))
+    asking = asyncio.create_task(events_of(cluster, STREAMED))
     await host.until_running(1)
     host.generation = 2
     await cluster.publish(a_route("m", replace(target, generation=2)))
-    another = asyncio.create_task(ask(cluster, {**STREAMED, "max_tokens": 2}))
+    another = asyncio.create_task(events_of(cluster, {**STREAMED, "max_tokens": 2}))
     assert texts_of(await asking)[0] == TEXT
     host.go.set()
     assert texts_of(await another)[0] == TEXT[:2]
@@ -366,7 +343,7 @@ async def test_a_host_without_a_sign_of_life_or_an_engine_without_a_step_is_left
     _, second = await impatient.host("rep-2", capacity=100)
     hung.script = hanging(hung, 4)
     await impatient.publish(a_route("m", first))
-    asking = [asyncio.create_task(ask(impatient, body)) for body in (STREAMED, CHOICES)]
+    asking = [asyncio.create_task(events_of(impatient, body)) for body in (STREAMED, CHOICES)]
     await hung.until_running(4)
     await impatient.publish(a_route("m", first, second))
     one, three = await asyncio.gather(*asking)
@@ -402,7 +379,7 @@ async def test_hosts_that_speak_are_waited_for(impatient: Any, a_route: Any) -> 
     other, second = await impatient.host("rep-2")
     await impatient.publish(a_route("m", first, second))
     slow.go.clear()
-    asking = asyncio.create_task(ask(impatient, STREAMED))
+    asking = asyncio.create_task(events_of(impatient, STREAMED))
     await slow.until_beaten(30)
     slow.go.set()
     assert texts_of(await asking)[0] == TEXT
