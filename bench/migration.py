@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -124,13 +125,16 @@ def stream(
 
 @dataclass(slots=True, kw_only=True)
 class Move:
-    """One move: seconds. `pause_s` is the longest gap from the command on; `cpu_s` is of both engines meanwhile."""
+    """One move: seconds. `pause_s` is the longest gap from the command on, `usual_s` that of as many tokens before it;
+    `cpu_s` is of both engines meanwhile."""
 
     pause_s: float
+    usual_s: float
     interval_s: float
     command_s: float
     cpu_s: float
-    others_s: float = 0.0
+    rounds: int
+    sent_bytes: int
 
 
 class Mover:
@@ -140,6 +144,7 @@ class Mover:
         self._cluster, self._operator, self._model, self._at = cluster, operator, model, at
         self._thread: threading.Thread | None = None
         self.began = self.ended = self.cpu_s = 0.0
+        self.rounds = self.sent_bytes = 0
 
     def __call__(self, timed: Timed) -> None:
         if self._thread is None and len(timed.tokens) >= self._at:
@@ -155,7 +160,8 @@ class Mover:
         self.ended = time.perf_counter()
         self.cpu_s = cpu_s(self._cluster, self._model) - before
         assert done.state == "done", done
-        console.print(f"  {done.phase}", style="dim")
+        rounds, sent = re.search(r"([\d,]+) rounds, ([\d,]+) bytes", done.phase).groups()
+        self.rounds, self.sent_bytes = int(rounds.replace(",", "")), int(sent.replace(",", ""))
 
     def join(self) -> None:
         assert self._thread is not None, "the stream ended before it could be moved"
@@ -175,11 +181,15 @@ def moved(cluster: Cluster, operator: Operator, model: str, length: int, prompt:
     gaps = list(zip(timed.times[1:], timed.gaps, strict=True))
     before = [gap for at, gap in gaps if at < mover.began]
     during = [gap for at, gap in gaps if at >= mover.began]
+    window = int((mover.ended - mover.began) / statistics.median(before)) + AFTER
     return Move(
-        pause_s=max(during[: int((mover.ended - mover.began) / statistics.median(before)) + AFTER]),
+        pause_s=max(during[:window]),
+        usual_s=max(before[-window:]),
         interval_s=statistics.median(before[-50:]),
         command_s=mover.ended - mover.began,
         cpu_s=mover.cpu_s,
+        rounds=mover.rounds,
+        sent_bytes=mover.sent_bytes,
     )
 
 
@@ -255,10 +265,13 @@ def figures(moves: list[Move]) -> dict[str, Any]:
     pauses = [move.pause_s for move in moves]
     return {
         "pause_s": quantiles(pauses) | {"all": pauses},
+        "usual_longest_gap_s": quantiles([move.usual_s for move in moves]),
         "interval_s": summary([move.interval_s for move in moves]),
         "pause_in_intervals": quantiles([move.pause_s / move.interval_s for move in moves]),
         "command_s": summary([move.command_s for move in moves]),
         "engines_cpu_s": summary([move.cpu_s for move in moves]),
+        "rounds": summary([float(move.rounds) for move in moves]),
+        "sent_bytes": summary([float(move.sent_bytes) for move in moves]),
     }
 
 
@@ -283,8 +296,9 @@ def show(model: str, length: int, result: dict[str, Any]) -> None:
 
 def report(results: dict[str, dict[str, Any]]) -> None:
     rows = [row_of(model, length, r) for model, by_length in results.items() for length, r in by_length.items()]
-    columns = ["model", "tokens", "interval ms", "pause p50 ms", "p95", "max", "intervals", "restart /", "cold /"]
-    table("pause of a migration, as the client sees it", [*columns, "CPU s"], rows)
+    columns = ["model", "tokens", "interval ms", "pause p50 ms", "p95", "max", "intervals", "usual ms", "restart /"]
+    columns += ["cold /", "bytes", "CPU s"]
+    table("pause of a migration, as the client sees it; beside the longest gap that is usual", columns, rows)
 
 
 def row_of(model: str, length: str, result: dict[str, Any]) -> list[Any]:
@@ -295,10 +309,12 @@ def row_of(model: str, length: str, result: dict[str, Any]) -> list[Any]:
         1e3 * result["interval_s"]["median"],
         *(1e3 * pause[quantile] for quantile in ("p50", "p95", "max")),
         result["pause_in_intervals"]["p50"],
+        1e3 * result["usual_longest_gap_s"]["p50"],
         *(
             result[peer]["median"] / pause["p50"] if peer in result else ""
             for peer in ("restart_s", "cold_recompute_s")
         ),
+        round(result["sent_bytes"]["median"]),
         result["engines_cpu_s"]["median"],
     ]
 
