@@ -160,8 +160,8 @@ class Mover:
         self.ended = time.perf_counter()
         self.cpu_s = cpu_s(self._cluster, self._model) - before
         assert done.state == "done", done
-        rounds, sent = re.search(r"([\d,]+) rounds, ([\d,]+) bytes", done.phase).groups()
-        self.rounds, self.sent_bytes = int(rounds.replace(",", "")), int(sent.replace(",", ""))
+        rounds, sent = re.search(r"(\d+) rounds?, ([\d,]+) bytes", done.phase).groups()
+        self.rounds, self.sent_bytes = int(rounds), int(sent.replace(",", ""))
 
     def join(self) -> None:
         assert self._thread is not None, "the stream ended before it could be moved"

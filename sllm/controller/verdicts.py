@@ -44,8 +44,8 @@ def of_migration(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Op
         if finished:
             parts.append(f"{finished} finished first")
         if tally.rounds:
-            parts.append(f"{tally.rounds} rounds")
-            parts.append(f"{tally.sent_bytes:,} bytes sent")
+            rounds = "1 round" if tally.rounds == 1 else f"{tally.rounds} rounds"
+            parts += [rounds, f"{tally.sent_bytes:,} bytes sent"]
         return _done(job.operation, ", ".join(parts))
     stuck = [request for request in left if request in decision.refusals]
     if len(stuck) == len(left):

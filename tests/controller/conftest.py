@@ -438,7 +438,7 @@ class Bench:
         """A source whose requests go to the target, where their gateway follows them."""
         for request in order.requests:
             measured = Round(tokens=100, cached_tokens=0, seconds=0.5)
-            values: dict[str, Any] = {"migration": order.id, "request": request, "rounds": 1}
+            values: dict[str, Any] = {"migration": order.id, "request": request, "rounds": 1, "sent_bytes": 400}
             yield MigrationReport(**values, state=MigrationState.ROUNDS, last_round=measured)
             self.follow(request, order.target.replica)
             yield MigrationReport(**values, state=MigrationState.MOVED)
