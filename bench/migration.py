@@ -140,8 +140,8 @@ class Move:
 class Mover:
     """Moves the stream that it watches, once, when it has `at` tokens."""
 
-    def __init__(self, cluster: Cluster, operator: Operator, model: str, at: int) -> None:
-        self._cluster, self._operator, self._model, self._at = cluster, operator, model, at
+    def __init__(self, operator: Operator, model: str, at: int) -> None:
+        self._operator, self._model, self._at = operator, model, at
         self._thread: threading.Thread | None = None
         self.began = self.ended = self.cpu_s = 0.0
         self.rounds = self.sent_bytes = 0
@@ -154,11 +154,11 @@ class Mover:
     def _move(self, request: str) -> None:
         source = self._operator.node_of(request)
         target = next(node for node in self._operator.nodes() if node != source)
-        before = cpu_s(self._cluster, self._model)
+        before = cpu_s(self._operator, self._model)
         self.began = time.perf_counter()
         done = self._operator.migrate(request, target)
         self.ended = time.perf_counter()
-        self.cpu_s = cpu_s(self._cluster, self._model) - before
+        self.cpu_s = cpu_s(self._operator, self._model) - before
         assert done.state == "done", done
         rounds, sent = re.search(r"(\d+) rounds?, ([\d,]+) bytes", done.phase).groups()
         self.rounds, self.sent_bytes = int(rounds), int(sent.replace(",", ""))
@@ -168,13 +168,13 @@ class Mover:
         self._thread.join()
 
 
-def cpu_s(cluster: Cluster, model: str) -> float:
-    times = [psutil.Process(row["pid"]).cpu_times() for row in cluster.replicas(model, "ready")]
+def cpu_s(operator: Operator, model: str) -> float:
+    times = [psutil.Process(row.status.pid).cpu_times() for row in operator.ready(model)]
     return sum(each.user + each.system for each in times)
 
 
 def moved(cluster: Cluster, operator: Operator, model: str, length: int, prompt: str) -> Move:
-    mover = Mover(cluster, operator, model, length)
+    mover = Mover(operator, model, length)
     # A command takes milliseconds to arrive: the stream must not be over by then.
     timed = stream(cluster, model, prompt, length + AFTER + 200, mover)
     mover.join()
