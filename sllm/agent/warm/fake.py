@@ -149,7 +149,11 @@ class FakeWarm:
             raise self.failure
         host = FakeHost(launch, _FIRST_PID + len(self.hosts), os.dup(fds.lease), socket.socket(fileno=os.dup(fds.feed)))
         self.hosts.append(host)
-        server, port = await transport.serve([handlers(host)], "127.0.0.1:0", None)
+        try:
+            server, port = await transport.serve([handlers(host)], "127.0.0.1:0", None)
+        except asyncio.CancelledError:
+            host.signal(signal.SIGKILL)  # nobody wants it any more
+            raise
         self._servers.append(server)
         if not self.silent:
             self._record(host, f"127.0.0.1:{port}")
