@@ -46,8 +46,8 @@ test-unit: $(STAMP) ## Tests without real processes and without vLLM: seconds
 	$(PYTEST) -m "not e2e and not vllm and not gpu"
 
 .PHONY: test-e2e
-test-e2e: $(STAMP) ## Tests with real processes and the real vLLM: minutes
-	$(PYTEST) -m "e2e or vllm"
+test-e2e: $(STAMP) ## Tests with real processes and the real vLLM: 20 minutes (JOBS=2: side by side, on a quiet machine)
+	$(PYTEST) -m "e2e or vllm" $(if $(JOBS),-n $(JOBS) --dist loadfile)
 
 .PHONY: test-chaos
 test-chaos: $(STAMP) ## 200 runs in which something dies in the middle of migrations (SEED=1); an hour

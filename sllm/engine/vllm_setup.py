@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
+_PLUGIN = "sllm"  # of the group `vllm.general_plugins` in pyproject.toml
+
 # Imported by vLLM only when an engine is built or makes its first step.
 _LAZY_MODULES = (
     "vllm.v1.engine.core",
@@ -64,6 +66,7 @@ def warm() -> EngineKind:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _have_our_plugin()
     _keep_from_compiling_on_cpu()
     version = installed_version()
     for module in _LAZY_MODULES:
@@ -87,6 +90,13 @@ def warm() -> EngineKind:
     vllm_args.parser()
     architectures = tuple(sorted(ModelRegistry.get_supported_archs()))
     return EngineKind(name="vllm", version=version, architectures=architectures, build=vllm_engine.build)
+
+
+def _have_our_plugin() -> None:
+    """vLLM loads every plugin there is, or those that the operator has named: to be called before it does."""
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None and _PLUGIN not in named.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{named},{_PLUGIN}".lstrip(",")
 
 
 def _keep_from_compiling_on_cpu() -> None:

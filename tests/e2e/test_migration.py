@@ -117,6 +117,9 @@ def undisturbed(cluster: Cluster) -> dict[str, Answer]:
     return answers
 
 
+# A busy machine may have answered before it hears of a move.
+ATTEMPTS = 5
+
 # A token that was recomputed went through another kernel than when it was decoded: its logprobs differ by rounding.
 ROUNDING = 1e-4
 
@@ -175,13 +178,16 @@ class Mover:
 def test_a_stream_that_moves_to_and_fro_is_the_undisturbed_one(
     cluster: Cluster, operator: Operator, undisturbed: dict[str, Answer], case: Case
 ) -> None:
-    mover = Mover(operator, seed=NAMES.index(case.name))
-    try:
-        answer = record(cluster, case.path, case.request, mover)
-    finally:
-        mover.end()
-    check(case, answer, undisturbed[case.name])
-    assert mover.moves >= 2, "it moved there and back"
+    for attempt in range(ATTEMPTS):
+        mover = Mover(operator, seed=len(NAMES) * attempt + NAMES.index(case.name))
+        try:
+            answer = record(cluster, case.path, case.request, mover)
+        finally:
+            mover.end()
+        check(case, answer, undisturbed[case.name])
+        if mover.moves >= 2:
+            return
+    raise AssertionError("it never moved there and back")
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)

@@ -52,7 +52,8 @@ class Running:
 
 @pytest.fixture(scope="module")
 def warm_vllm(start_warm: Make) -> Any:
-    return start_warm("vllm")
+    """The operator names plugins of vLLM, and not ours."""
+    return start_warm("vllm", VLLM_PLUGINS="another")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
 
 Make = Callable[..., Any]
 PROMPT = [5, 17, 30, 44, 90, 100, 101, 102] * 3
-TOKENS = 400
+TOKENS = 950
 
 
 @dataclass
@@ -52,6 +52,7 @@ async def hosts(
     for name in ("a", "b"):
         launch = make_launch(
             id=ReplicaId(f"rep-{name}"),
+            max_model_len=1024,
             engine_args={"dtype": "float32"},
             execution_dir=str(tiny_weights),
             weights=tiny_weights,
