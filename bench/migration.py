@@ -4,7 +4,7 @@ Reproduces the paper's point that moving tokens in rounds is cheap (OSDI'24, §5
 stream each time moved from one to the other in the middle. Everything shares this machine's cores, so CPU seconds are
 given beside times.
 
-    .venv/bin/python bench/migration.py [--rounds 7] [--model small] [--quick]
+    .venv/bin/python bench/migration.py [--rounds 7] [--model small] [--length 1000] [--quick]
 """
 
 from __future__ import annotations
@@ -325,9 +325,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; default: both")
+    parser.add_argument("--length", type=int, action="append", help="may be repeated; default: all of them")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two lengths, two rounds, no results kept")
     given = parser.parse_args()
-    lengths, rounds = (LENGTHS[:2], 2) if given.quick else (LENGTHS, given.rounds)
+    lengths, rounds = (LENGTHS[:2], 2) if given.quick else (tuple(given.length or LENGTHS), given.rounds)
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -342,9 +343,9 @@ def main() -> None:
             stream(cluster, model, "Python is", 20)  # the front end is made at first use
             results[model] = measure(cluster, operator, model, lengths, rounds)
             cluster.cli("delete", model)
+            if not given.quick:
+                save(f"migration-{model}", PREDICTIONS, {"results": results[model]})
     report(results)
-    if not given.quick:
-        save("migration", PREDICTIONS, {"results": results})
 
 
 if __name__ == "__main__":
