@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.priority import Priority
+from sllm.core.startup import Estimate
+from sllm.scheduler.placement import Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReplica:
-    """Start a replica of the deployment's current revision. Its id and generation are drawn when it is carried out."""
+    """Start a replica of the deployment's current revision. Its id and generation are drawn when it is carried out.
+
+    `candidates` are the nodes that were looked at; `estimate` is what it is expected to take on the one that was taken.
+    """
 
     deployment: DeploymentName
     node: NodeName
     devices: tuple[DeviceId, ...]
     priority: Priority
     why: str
+    estimate: Estimate | None = None
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
