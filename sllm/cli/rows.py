@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sllm.cli.units import time_text
 from sllm.core.residency import Residency, TierUsage
+from sllm.core.startup import EstimatorError
 
 if TYPE_CHECKING:
     from sllm.core.checkpoint import Checkpoint
@@ -26,7 +27,12 @@ def status_object(status: ClusterStatus) -> Row:
         "deployments": [deployment_row(row) for row in status.deployments],
         "replicas": [replica_row(row) for row in status.replicas],
         "nodes": [node_row(node) for node in status.nodes],
+        "estimator": _estimator_object(status.estimator),
     }
+
+
+def _estimator_object(error: EstimatorError) -> Row:
+    return {"starts": error.count, "error_p50": error.p50, "error_p95": error.p95, "guessed": error.guessed}
 
 
 def deployment_row(row: DeploymentRow) -> Row:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import cast
 
-from sllm.controller import moves, moving, status
+from sllm.controller import explaining, moves, moving, status
 from sllm.controller.inbox import Inbox
 from sllm.controller.world import World
+from sllm.core.decision import Explanation
 from sllm.core.ids import NodeName, ReplicaId
 from sllm.core.migration import MigrationPlan
 from sllm.core.operation import Operation
@@ -23,6 +24,7 @@ from sllm.rpc.control import (
     DeployRequest,
     DrainRequest,
     Empty,
+    ExplainRequest,
     LogChunk,
     MigrateRequest,
     ReadLogsRequest,
@@ -86,10 +88,15 @@ class ControllerControl:
         return status.checkpoint_list(self._snapshot(), self._world.forecast)
 
     async def get_status(self, request: Empty) -> ClusterStatus:
-        return status.cluster_status(self._snapshot(), self._world.reasons, self._world.clock.monotonic())
+        world = self._world
+        now = world.clock.monotonic()
+        return status.cluster_status(world.snapshot(now), world.reasons, world.estimator.error, now)
 
     async def list_requests(self, request: Empty) -> RequestList:
         return status.request_list(self._world.rows().values(), self._world.cluster.replicas)
+
+    async def explain(self, request: ExplainRequest) -> Explanation:
+        return explaining.explain(self._world, request.target)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         node, replica = self._located(request.target)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sllm.core.checkpoint import Checkpoint
+from sllm.core.decision import Explanation
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import DeviceKind
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
@@ -17,6 +18,7 @@ from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaStatus
 from sllm.core.request import RequestRow
 from sllm.core.residency import Residency
+from sllm.core.startup import EstimatorError
 from sllm.rpc import common_pb2, controller_pb2
 from sllm.rpc.transport import Client, Handlers, Method
 
@@ -177,6 +179,14 @@ class ClusterStatus:
     deployments: tuple[DeploymentRow, ...] = ()
     replicas: tuple[ReplicaRow, ...] = ()
     nodes: tuple[Node, ...] = ()
+    estimator: EstimatorError = field(default_factory=EstimatorError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainRequest:
+    """`target` is a deployment's name, or the id of a replica or a request."""
+
+    target: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +226,7 @@ class ControlService(Protocol):
     def watch_operation(self, request: WatchOperationRequest) -> AsyncIterator[Operation]: ...
     async def get_status(self, request: Empty) -> ClusterStatus: ...
     async def list_requests(self, request: Empty) -> RequestList: ...
+    async def explain(self, request: ExplainRequest) -> Explanation: ...
     def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]: ...
 
 
@@ -242,6 +253,7 @@ WATCH_OPERATION = Method(
 )
 GET_STATUS = Method("GetStatus", Empty, _c.Empty, ClusterStatus, _m.ClusterStatus)
 LIST_REQUESTS = Method("ListRequests", Empty, _c.Empty, RequestList, _m.RequestList)
+EXPLAIN = Method("Explain", ExplainRequest, _m.ExplainRequest, Explanation, _c.Explanation)
 READ_LOGS = Method("ReadLogs", ReadLogsRequest, _m.ReadLogsRequest, LogChunk, _c.LogChunk, "stream")
 METHODS = (
     ADD_CHECKPOINT,
@@ -259,6 +271,7 @@ METHODS = (
     WATCH_OPERATION,
     GET_STATUS,
     LIST_REQUESTS,
+    EXPLAIN,
     READ_LOGS,
 )
 
@@ -319,6 +332,9 @@ class ControlClient(Client):
 
     async def list_requests(self, request: Empty) -> RequestList:
         return await self._unary(LIST_REQUESTS, request)
+
+    async def explain(self, request: ExplainRequest) -> Explanation:
+        return await self._unary(EXPLAIN, request)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         async with aclosing(self._stream(READ_LOGS, request)) as stream:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from sllm.core.decision import Candidate, WaitsOn
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.node import NodeState
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import ReplicaView, Snapshot
 from sllm.core.startup import Estimate
-from sllm.scheduler.placement import Candidate, Placement, WaitsOn, place, refusals
+from sllm.scheduler.placement import Placement, place, refusals
 from sllm.scheduler.room import Room
 
 

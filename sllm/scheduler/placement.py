@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
+from sllm.core.decision import Candidate, WaitsOn
 from sllm.core.device import Device, DeviceState
 from sllm.core.ids import DeviceId, NodeName
 from sllm.core.node import NodeState
@@ -25,23 +25,6 @@ REFUSALS_TOLD = 4
 # What differs by less than estimates are wrong by is no difference: replicas spread over nodes that are alike.
 NEAR = 0.05
 NEAR_S = 0.01
-
-
-class WaitsOn(StrEnum):
-    NODES = "nodes"  # no usable node holds the checkpoint
-    DEVICES = "devices"  # those that hold it have no free devices
-    MEMORY = "memory"  # their devices are too small, free or not
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A node that was looked at, and why it was not taken; empty for the one that was. `estimate`: what a start there
-    is expected to take, if one is possible now."""
-
-    node: NodeName
-    refused: str
-    waits_on: WaitsOn | None = None
-    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

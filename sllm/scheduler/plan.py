@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sllm.core.decision import Candidate
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.priority import Priority
 from sllm.core.startup import Estimate
-from sllm.scheduler.placement import Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ def test_the_top_tier_is_called_gpu_where_there_are_gpus(ask, controller):
 
 def test_status_as_json_has_deployments_replicas_and_nodes(ask):
     data = ask("status", "-o", "json").json
-    assert list(data) == ["version", "deployments", "replicas", "nodes"]
+    assert list(data) == ["version", "deployments", "replicas", "nodes", "estimator"]
     deployment = data["deployments"][0]
     assert deployment["name"] == "org/demo"
     assert deployment["state"] == "starting"
