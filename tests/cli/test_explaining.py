@@ -41,9 +41,7 @@ def test_a_start_is_a_waterfall_of_what_was_predicted_and_what_was_measured(ask)
     assert total == ["all", "1.81 s", "2.50 s", "as it came"]
     predicted, measured = ([row[column] for row in phases] for column in (2, 4))
     assert measured == ["█···············", "·██·············", "···██████████···", "·············███"]
-    assert (
-        predicted == ["█···············", "··██············", "··██████········"[:16], "········████····"] or predicted
-    )
+    assert predicted == ["█···············", "██··············", "··██████········", "········████····"]
 
 
 def test_the_phases_of_a_waterfall_follow_each_other(ask):
