@@ -12,6 +12,7 @@ from sllm.core.replica import ReplicaSpec, ReplicaStatus
 from sllm.scheduler.plan import StartReplica
 
 KEPT = 8  # of each deployment
+KEPT_IN_ALL = 4000
 KEPT_CANDIDATES = 16  # of each decision
 
 
@@ -36,11 +37,12 @@ class Decisions:
             candidates=told,
             omitted=len(action.candidates) - len(told),
         )
-        known = self._of.setdefault(spec.deployment, deque())
-        if len(known) == KEPT:
-            del self._by_replica[known.popleft()]
-        known.append(spec.id)
+        self._of.setdefault(spec.deployment, deque()).append(spec.id)
         self._by_replica[spec.id] = decision
+        if len(self._of[spec.deployment]) > KEPT:
+            self._drop(spec.deployment)
+        elif len(self._by_replica) > KEPT_IN_ALL:
+            self._drop(next(iter(self._by_replica.values())).deployment)
 
     def ready(self, status: ReplicaStatus, wall: float) -> Decision | None:
         """It has become ready, for the first time: return what was decided, with what its phases took."""
@@ -59,6 +61,12 @@ class Decisions:
     def forget(self, deployment: DeploymentName) -> None:
         for replica in self._of.pop(deployment, ()):
             del self._by_replica[replica]
+
+    def _drop(self, deployment: DeploymentName) -> None:
+        """The oldest of a deployment goes."""
+        del self._by_replica[self._of[deployment].popleft()]
+        if not self._of[deployment]:
+            del self._of[deployment]
 
     def get(self, replica: ReplicaId) -> Decision | None:
         return self._by_replica.get(replica)

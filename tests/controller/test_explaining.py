@@ -229,10 +229,19 @@ async def test_decisions_are_bounded_and_gone_with_their_deployment(taught, monk
     told = await explained(taught)
     assert len(told.decisions) == 2
     await taught.done(await taught.delete())
-    with pytest.raises(NotFound):
-        await explained(taught)
-    with pytest.raises(NotFound):
-        await explained(taught, told.decisions[0].replica)
+    for target in ("app", told.decisions[0].replica):
+        with pytest.raises(NotFound):
+            await explained(taught, target)
+
+
+async def test_of_all_decisions_the_oldest_are_forgotten_first(taught, monkeypatch):
+    monkeypatch.setattr(decisions, "KEPT_IN_ALL", 2)
+    await taught.done(await taught.deploy("bee", min_replicas=2, max_replicas=2))
+    assert len((await explained(taught, "bee")).decisions) == 2
+    assert (await explained(taught)).decisions == ()
+    await taught.done(await taught.delete("bee"))
+    await restarted(taught)
+    assert len((await explained(taught)).decisions) == 1
 
 
 @pytest.mark.parametrize(
