@@ -1,22 +1,33 @@
-"""An explanation as tables and as JSON: what was predicted beside what came, and why each other node lost."""
+"""Explanations and dry runs as tables and as JSON: what was predicted beside what came, and why other nodes lost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sllm.cli.output import Table
+from sllm.cli.options import Where
+from sllm.cli.output import Table, emit
 from sllm.cli.rows import Row, request_row
+from sllm.cli.session import ask
 from sllm.cli.units import size_text, time_text
 from sllm.core.replica import StartPhase
 from sllm.core.startup import Basis, Estimate, Part
 
 if TYPE_CHECKING:
-    from sllm.core.decision import Candidate, Decision, Explanation
+    from sllm.core.decision import Candidate, Decision, DeploymentPlan, Explanation
+    from sllm.rpc.control import ControlClient
 
 NONE = "-"
 BAR = 16  # characters: both waterfalls fit into 80 columns
 PHASES = tuple(phase.value for phase in StartPhase if phase is not StartPhase.READY)
+
+
+def preview(where: Where, question: Callable[[ControlClient], Awaitable[DeploymentPlan]]) -> None:
+    """Print what a change would do, and when it would be ready."""
+    plan = ask(where, question)
+    names = [start.node for start in plan.starts]
+    emit(where.output, tables=_plan_tables(plan), data=plan_object(plan), names=names)
 
 
 def tables(found: Explanation) -> tuple[Table, ...]:
@@ -41,6 +52,23 @@ def explanation_object(found: Explanation) -> Row:
         "granted_at": _date(found.granted_at),
         "decisions": [_decision_object(decision) for decision in found.decisions],
         "candidates": [_candidate_object(candidate) for candidate in found.candidates],
+    }
+
+
+def plan_object(plan: DeploymentPlan) -> Row:
+    """Return the object of a dry run of deploy or scale."""
+    starts = [
+        {"node": s.node, "devices": list(s.devices), "why": s.why, "estimate": estimate_object(s.estimate)}
+        for s in plan.starts
+    ]
+    return {
+        "deployment": plan.deployment,
+        "revision": plan.revision,
+        "ready_s": plan.ready_s,
+        "waits_for": plan.waits_for,
+        "starts": starts,
+        "stops": [asdict(stop) for stop in plan.stops],
+        "candidates": [_candidate_object(candidate) for candidate in plan.candidates],
     }
 
 
@@ -115,6 +143,27 @@ def _facts(found: Explanation) -> Table:
     if found.granted_at is not None and found.held_at is not None:
         facts.append(("granted at", f"{_date(found.granted_at)}, after {found.granted_at - found.held_at:.2f} s"))
     return Table(columns=("DEPLOYMENT", found.deployment), rows=tuple(facts))
+
+
+def _plan_tables(plan: DeploymentPlan) -> tuple[Table, ...]:
+    guess = "~" if any(start.estimate and start.estimate.guessed for start in plan.starts) else ""
+    facts = (
+        ("revision", str(plan.revision)),
+        ("ready in", f"{guess}{_seconds(plan.ready_s)}" if plan.starts else "(nothing would be started)"),
+        ("waits for", plan.waits_for or NONE),
+    )
+    starts = Table(
+        title="WOULD BE STARTED",
+        columns=("NODE", "DEVICES", "WHY"),
+        rows=tuple((start.node, ", ".join(start.devices), start.why) for start in plan.starts),
+    )
+    stops = Table(
+        title="WOULD BE STOPPED",
+        columns=("REPLICA", "DEPLOYMENT", "NODE", "WHY"),
+        rows=tuple((stop.replica, stop.deployment, stop.node, stop.why) for stop in plan.stops),
+    )
+    next_one = candidates(plan.candidates, "IF A REPLICA WERE STARTED NOW")
+    return (Table(columns=("DEPLOYMENT", plan.deployment), rows=facts), starts, stops, next_one)
 
 
 def _waterfall(decision: Decision) -> Table:

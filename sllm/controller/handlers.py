@@ -179,10 +179,9 @@ class Handlers:
         job = self._job(event.request_id, jobs.SCALE, view.name, revision=view.current.number)
         await self._commit([records.put_deployment(view)], job)
         world.cluster.deployments[view.name] = view
-        if event.replicas is not None:
-            for replica in autoscale.surplus(snapshot, view, world.cluster.of(view.name), event.replicas):
-                intent = Intent.DRAIN if replica.ready else Intent.STOP
-                world.cluster.intend(replica.spec.id, intent, Command.DUE)
+        for replica in autoscale.surplus(snapshot, view, world.cluster.of(view.name), event.replicas):
+            intent = Intent.DRAIN if replica.ready else Intent.STOP
+            world.cluster.intend(replica.spec.id, intent, Command.DUE)
         return job.operation
 
     async def _add_checkpoint(self, event: AddCheckpointRequest) -> Operation:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import cast
 
-from sllm.controller import explaining, moves, moving, status
+from sllm.controller import changes, explaining, moves, moving, status
+from sllm.controller.dry_runs import dry_run
 from sllm.controller.inbox import Inbox
 from sllm.controller.world import World
-from sllm.core.decision import Explanation
+from sllm.core.decision import DeploymentPlan, Explanation
 from sllm.core.ids import NodeName, ReplicaId
 from sllm.core.migration import MigrationPlan
 from sllm.core.operation import Operation
@@ -34,6 +35,7 @@ from sllm.rpc.control import (
     VerifyCheckpointRequest,
     WatchOperationRequest,
 )
+from sllm.scheduler import autoscale
 
 
 class ControllerControl:
@@ -55,11 +57,22 @@ class ControllerControl:
     async def deploy(self, request: DeployRequest) -> Operation:
         return await self._operation(request)
 
+    async def plan_deploy(self, request: DeployRequest) -> DeploymentPlan:
+        world, snapshot = self._world, self._snapshot()
+        changed = changes.deployed(snapshot, request.spec, world.clock.wall())
+        return dry_run(snapshot, changed, world.clock.monotonic())
+
     async def delete(self, request: DeleteRequest) -> Operation:
         return await self._operation(request)
 
     async def scale(self, request: ScaleRequest) -> Operation:
         return await self._operation(request)
+
+    async def plan_scale(self, request: ScaleRequest) -> DeploymentPlan:
+        world, snapshot = self._world, self._snapshot()
+        changed = changes.scaled(changes.found(snapshot, request.name), request, world.clock.wall())
+        let_go = autoscale.surplus(snapshot, changed, world.cluster.of(changed.name), request.replicas)
+        return dry_run(snapshot, changed, world.clock.monotonic(), let_go=let_go)
 
     async def migrate(self, request: MigrateRequest) -> Operation:
         return await self._operation(request)

@@ -1,4 +1,5 @@
-"""Decision: why a replica was started where it was, and what came of it; and what an explanation tells of all that."""
+"""Decision: why a replica was started where it was, and what came of it; and what is told of all that, or of what would
+be decided."""
 
 from __future__ import annotations
 
@@ -72,3 +73,40 @@ class Explanation:
     held_at: float | None = None
     granted_at: float | None = None
     decisions: tuple[Decision, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStart:
+    """A replica that would be started, and what that is expected to take."""
+
+    node: NodeName
+    devices: tuple[DeviceId, ...]
+    why: str
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStop:
+    """A replica that would be let go; what runs on it may finish."""
+
+    replica: ReplicaId
+    deployment: DeploymentName
+    node: NodeName
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentPlan:
+    """What a change of a deployment would do at once.
+
+    `ready_s`: when the last of `starts` would be ready, None if there are none. `waits_for`: what the deployment would
+    wait for beside them. `candidates`: where its next replica would be started, such as that of the first request.
+    """
+
+    deployment: DeploymentName
+    revision: int
+    starts: tuple[PlannedStart, ...] = ()
+    stops: tuple[PlannedStop, ...] = ()
+    waits_for: str = ""
+    ready_s: float | None = None
+    candidates: tuple[Candidate, ...] = ()

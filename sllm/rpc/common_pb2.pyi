@@ -728,3 +728,45 @@ class Explanation(_message.Message):
     granted_at: float
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
     def __init__(self, deployment: _Optional[str] = ..., waits_for: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., request: _Optional[_Union[RequestRow, _Mapping]] = ..., held_at: _Optional[float] = ..., granted_at: _Optional[float] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+
+class PlannedStart(_message.Message):
+    __slots__ = ("node", "devices", "why", "estimate")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    why: str
+    estimate: Estimate
+    def __init__(self, node: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., why: _Optional[str] = ..., estimate: _Optional[_Union[Estimate, _Mapping]] = ...) -> None: ...
+
+class PlannedStop(_message.Message):
+    __slots__ = ("replica", "deployment", "node", "why")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    deployment: str
+    node: str
+    why: str
+    def __init__(self, replica: _Optional[str] = ..., deployment: _Optional[str] = ..., node: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class DeploymentPlan(_message.Message):
+    __slots__ = ("deployment", "revision", "starts", "stops", "waits_for", "ready_s", "candidates")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    STOPS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    READY_S_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    revision: int
+    starts: _containers.RepeatedCompositeFieldContainer[PlannedStart]
+    stops: _containers.RepeatedCompositeFieldContainer[PlannedStop]
+    waits_for: str
+    ready_s: float
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    def __init__(self, deployment: _Optional[str] = ..., revision: _Optional[int] = ..., starts: _Optional[_Iterable[_Union[PlannedStart, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[PlannedStop, _Mapping]]] = ..., waits_for: _Optional[str] = ..., ready_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...

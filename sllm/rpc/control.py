@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sllm.core.checkpoint import Checkpoint
-from sllm.core.decision import Explanation
+from sllm.core.decision import DeploymentPlan, Explanation
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import DeviceKind
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
@@ -210,8 +210,16 @@ class ControlService(Protocol):
     async def remove_checkpoint(self, request: RemoveCheckpointRequest) -> Operation: ...
     async def verify_checkpoint(self, request: VerifyCheckpointRequest) -> Operation: ...
     async def deploy(self, request: DeployRequest) -> Operation: ...
+    async def plan_deploy(self, request: DeployRequest) -> DeploymentPlan:
+        """What `deploy` would do; nothing is changed."""
+        ...
+
     async def delete(self, request: DeleteRequest) -> Operation: ...
     async def scale(self, request: ScaleRequest) -> Operation: ...
+    async def plan_scale(self, request: ScaleRequest) -> DeploymentPlan:
+        """What `scale` would do; nothing is changed."""
+        ...
+
     async def migrate(self, request: MigrateRequest) -> Operation: ...
     async def plan_migration(self, request: MigrateRequest) -> MigrationPlan:
         """What `migrate` would do; nothing is changed."""
@@ -241,8 +249,10 @@ VERIFY_CHECKPOINT = Method(
     "VerifyCheckpoint", VerifyCheckpointRequest, _m.VerifyCheckpointRequest, Operation, _c.Operation
 )
 DEPLOY = Method("Deploy", DeployRequest, _m.DeployRequest, Operation, _c.Operation)
+PLAN_DEPLOY = Method("PlanDeploy", DeployRequest, _m.DeployRequest, DeploymentPlan, _c.DeploymentPlan)
 DELETE = Method("Delete", DeleteRequest, _m.DeleteRequest, Operation, _c.Operation)
 SCALE = Method("Scale", ScaleRequest, _m.ScaleRequest, Operation, _c.Operation)
+PLAN_SCALE = Method("PlanScale", ScaleRequest, _m.ScaleRequest, DeploymentPlan, _c.DeploymentPlan)
 MIGRATE = Method("Migrate", MigrateRequest, _m.MigrateRequest, Operation, _c.Operation)
 PLAN_MIGRATION = Method("PlanMigration", MigrateRequest, _m.MigrateRequest, MigrationPlan, _m.MigrationPlan)
 DRAIN = Method("Drain", DrainRequest, _m.DrainRequest, Operation, _c.Operation)
@@ -261,8 +271,10 @@ METHODS = (
     REMOVE_CHECKPOINT,
     VERIFY_CHECKPOINT,
     DEPLOY,
+    PLAN_DEPLOY,
     DELETE,
     SCALE,
+    PLAN_SCALE,
     MIGRATE,
     PLAN_MIGRATION,
     DRAIN,
@@ -301,11 +313,17 @@ class ControlClient(Client):
     async def deploy(self, request: DeployRequest) -> Operation:
         return await self._unary(DEPLOY, request)
 
+    async def plan_deploy(self, request: DeployRequest) -> DeploymentPlan:
+        return await self._unary(PLAN_DEPLOY, request)
+
     async def delete(self, request: DeleteRequest) -> Operation:
         return await self._unary(DELETE, request)
 
     async def scale(self, request: ScaleRequest) -> Operation:
         return await self._unary(SCALE, request)
+
+    async def plan_scale(self, request: ScaleRequest) -> DeploymentPlan:
+        return await self._unary(PLAN_SCALE, request)
 
     async def migrate(self, request: MigrateRequest) -> Operation:
         return await self._unary(MIGRATE, request)

@@ -13,7 +13,15 @@ import pytest
 
 from sllm.cli.main import main
 from sllm.core.checkpoint import Checkpoint
-from sllm.core.decision import Candidate, Decision, Explanation, WaitsOn
+from sllm.core.decision import (
+    Candidate,
+    Decision,
+    DeploymentPlan,
+    Explanation,
+    PlannedStart,
+    PlannedStop,
+    WaitsOn,
+)
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
@@ -213,6 +221,28 @@ EXPLANATION = Explanation(
 )
 
 
+DEPLOYMENT_PLAN = DeploymentPlan(
+    deployment=DEPLOYMENT.spec.name,
+    revision=4,
+    starts=(
+        PlannedStart(
+            node=NODE.report.name, devices=(DeviceId("cpu-0"),), why="1.8 s, all of it", estimate=estimate(1.0)
+        ),
+    ),
+    stops=(
+        PlannedStop(
+            replica=REPLICA.spec.id,
+            deployment=DEPLOYMENT.spec.name,
+            node=NODE.report.name,
+            why="once revision 4 serves",
+        ),
+    ),
+    waits_for="waiting for a free device",
+    ready_s=1.8125,
+    candidates=EXPLANATION.candidates,
+)
+
+
 @dataclass
 class FakeControl:
     """`asked` records what arrived. Operations run through `changes`, then end; `endless` ones never do."""
@@ -226,6 +256,7 @@ class FakeControl:
     requests: control.RequestList = REQUESTS
     plan: MigrationPlan = PLAN
     explanation: Explanation = EXPLANATION
+    deployment_plan: DeploymentPlan = DEPLOYMENT_PLAN
     log: tuple[str, ...] = ("first line\n", "second line\n")
     watched: threading.Event = field(default_factory=threading.Event)
     address: str = ""
@@ -253,6 +284,14 @@ class FakeControl:
 
     async def deploy(self, request: control.DeployRequest) -> Operation:
         return self._begin("deploy", request.spec.name, request)
+
+    async def plan_deploy(self, request: control.DeployRequest) -> DeploymentPlan:
+        self._check(request)
+        return self.deployment_plan
+
+    async def plan_scale(self, request: control.ScaleRequest) -> DeploymentPlan:
+        self._check(request)
+        return self.deployment_plan
 
     async def delete(self, request: control.DeleteRequest) -> Operation:
         return self._begin("delete", request.name, request)

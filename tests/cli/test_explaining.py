@@ -153,3 +153,40 @@ def test_status_says_how_wrong_predictions_were_once_that_is_known(ask, controll
     assert ("predicted startup times" in out) is bool(note)
     found = ask("status", "-o", "json").json["estimator"]
     assert found == {"starts": error.count, "error_p50": error.p50, "error_p95": error.p95, "guessed": error.guessed}
+
+
+DRY = [["deploy", "org/demo", "--checkpoint", "m", "--dry-run"], ["scale", "org/demo", "--replicas", "2", "--dry-run"]]
+each_dry_run = pytest.mark.parametrize("command", DRY, ids=["deploy", "scale"])
+
+
+@each_dry_run
+def test_a_dry_run_says_what_would_be_done_and_when_it_would_be_ready(ask, controller, command):
+    out = ask(*command).out
+    assert len(controller.asked) == 1, "nothing else was asked"
+    assert [cells(line) for line in out.splitlines()[:4]] == [
+        ["DEPLOYMENT", "org/demo"],
+        ["revision", "4"],
+        ["ready in", "1.81 s"],
+        ["waits for", "waiting for a free device"],
+    ]
+    assert table(out, "WOULD BE STARTED")[1:] == [["node-1", "cpu-0", "1.8 s, all of it"]]
+    assert table(out, "WOULD BE STOPPED")[1:] == [[ID, "org/demo", "node-1", "once revision 4 serves"]]
+    assert table(out, "IF A REPLICA WERE STARTED NOW")[1][:2] == ["node-2", "~4.31 s"]
+
+
+@each_dry_run
+def test_a_dry_run_that_would_start_nothing_says_so(ask, controller, command):
+    controller.deployment_plan = replace(controller.deployment_plan, starts=(), ready_s=None)
+    assert cells(ask(*command).out.splitlines()[2]) == ["ready in", "(nothing would be started)"]
+
+
+@each_dry_run
+def test_a_dry_run_as_json_and_by_name(ask, command):
+    data = ask(*command, "-o", "json").json
+    assert list(data) == ["deployment", "revision", "ready_s", "waits_for", "starts", "stops", "candidates"]
+    assert (data["revision"], data["ready_s"]) == (4, 1.8125)
+    assert data["starts"][0]["estimate"]["parts"]["loading"]["seconds"] == 1.0
+    assert data["stops"] == [
+        {"replica": ID, "deployment": "org/demo", "node": "node-1", "why": "once revision 4 serves"}
+    ]
+    assert ask(*command, "-o", "name").out == "node-1\n"
