@@ -12,7 +12,7 @@ from sllm.core.startup import EstimatorError
 if TYPE_CHECKING:
     from sllm.core.checkpoint import Checkpoint
     from sllm.core.migration import MigrationPlan
-    from sllm.core.node import Node
+    from sllm.core.node import LoadReport, Node
     from sllm.core.operation import Operation
     from sllm.core.request import RequestRow
     from sllm.rpc.control import CheckpointRow, ClusterStatus, DeploymentRow, ReplicaRow
@@ -96,10 +96,15 @@ def node_row(node: Node) -> Row:
             {**asdict(device), "kind": device.kind.value, "state": device.state.value} for device in report.devices
         ],
         "tiers": {usage.tier.name.lower(): _tier_object(usage, report.residencies) for usage in usages},
-        "loads": [{**asdict(load), "tier": load.tier.name.lower()} for load in report.loads],
+        "loads": [_load_row(load) for load in report.loads],
+        "probe": _load_row(report.probe) if report.probe else None,
         "incarnation": report.incarnation,
         "last_seen": time_text(node.last_seen),
     }
+
+
+def _load_row(load: LoadReport) -> Row:
+    return {**asdict(load), "tier": load.tier.name.lower()}
 
 
 def _tier_object(usage: TierUsage, residencies: tuple[Residency, ...]) -> Row:

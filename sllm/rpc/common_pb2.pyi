@@ -409,7 +409,7 @@ class LoadReport(_message.Message):
     def __init__(self, number: _Optional[int] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., read_s: _Optional[float] = ...) -> None: ...
 
 class NodeReport(_message.Message):
-    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures", "loads")
+    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures", "loads", "probe")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -424,6 +424,7 @@ class NodeReport(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURES_FIELD_NUMBER: _ClassVar[int]
     LOADS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     revision: int
@@ -438,7 +439,8 @@ class NodeReport(_message.Message):
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     architectures: _containers.RepeatedScalarFieldContainer[str]
     loads: _containers.RepeatedCompositeFieldContainer[LoadReport]
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[LoadReport, _Mapping]]] = ...) -> None: ...
+    probe: LoadReport
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[LoadReport, _Mapping]]] = ..., probe: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("report", "state", "last_seen", "cordoned", "cordoned_devices")

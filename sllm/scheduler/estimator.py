@@ -25,6 +25,7 @@ from sllm.scheduler.start_times import StartWindow
 KEPT_ERRORS = 200
 KEPT_NODES = 20_000
 KEPT_CHECKPOINTS = 20_000
+NOT_EVEN_PROBED = -1  # a probe has the number 0, the first load 1
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -62,13 +63,14 @@ class Estimator:
 
     def reported(self, report: NodeReport, now: float) -> None:
         """Take in a node's report: its loads since the last one, and whether its warm process is there."""
-        incarnation, seen = self._loads_seen.get(report.name, ("", 0))
+        incarnation, seen = self._loads_seen.get(report.name, ("", NOT_EVEN_PROBED))
         if incarnation != report.incarnation:
-            seen = 0
-        for load in report.loads:
+            seen = NOT_EVEN_PROBED
+        told = (report.probe, *report.loads) if report.probe else report.loads
+        for load in told:
             if load.number > seen:
                 self._loaded(report.name, load)
-        last = max((load.number for load in report.loads), default=seen)
+        last = max((load.number for load in told), default=seen)
         _put(self._loads_seen, report.name, (report.incarnation, max(seen, last)), KEPT_NODES)
         self._warmed(report, now)
 
@@ -117,8 +119,10 @@ class Estimator:
             learnt,
             reading=_with(learnt.reading, key, here.observe(pace, weight), KEPT_NODES),
             reading_anywhere={**learnt.reading_anywhere, load.tier: anywhere.observe(pace, weight)},
-            load_bytes=_with(learnt.load_bytes, (node, load.digest), load.size_bytes, KEPT_CHECKPOINTS),
         )
+        if load.number:  # a probe reads a part only
+            load_bytes = _with(learnt.load_bytes, (node, load.digest), load.size_bytes, KEPT_CHECKPOINTS)
+            self._learnt = replace(self._learnt, load_bytes=load_bytes)
 
     def _warmed(self, report: NodeReport, now: float) -> None:
         """Time the wait for a warm process, from the first report without one to the first with one."""

@@ -77,6 +77,7 @@ def test_nodes_as_json_follow_the_contract(ask):
     assert node["loads"] == [
         {"number": 1, "digest": "sha256:5f3c", "size_bytes": 14, "tier": "ssd", "queue_s": 0.5, "read_s": 1.5}
     ]
+    assert node["probe"] is None
 
 
 def test_nodes_as_a_table_and_by_name(ask):

@@ -100,6 +100,19 @@ def test_a_load_is_counted_once_however_often_it_is_reported(bench):
     assert bench.estimator.learnt(0.0).reading["a", Tier.SSD].observations == 4, "another agent counts anew"
 
 
+def test_a_probe_of_the_disk_stands_in_until_there_are_loads(bench):
+    """It is one measurement, of the node's own disk, however often it is reported; its size is no checkpoint's."""
+    report = replace(bench.make.node("a").report, probe=load(0, 0.1, GB // 10))
+    for _ in range(3):
+        bench.estimator.reported(report, 0.0)
+    learnt = bench.estimator.learnt(0.0)
+    assert learnt.reading["a", Tier.SSD] == Level(value=1 / GB, observations=1)
+    assert learnt.load_bytes == {}
+    bench.estimator.reported(replace(report, loads=(load(1, 20.0, 10 * GB),)), 0.0)
+    found = bench.estimator.learnt(0.0).reading["a", Tier.SSD]
+    assert (found.value * GB, found.observations) == (pytest.approx(2.0, rel=0.02), 2)
+
+
 def test_a_load_without_size_or_time_teaches_nothing(bench):
     bench.reads(0.0)
     bench.reads(1.0, size_bytes=0)
