@@ -49,6 +49,7 @@ class Facts:
     ssd: TierUsage
     dram: TierUsage
     loads: tuple[LoadReport, ...] = ()
+    probe: LoadReport | None = None
 
 
 def report(identity: Identity, facts: Facts) -> NodeReport:
@@ -72,6 +73,7 @@ def report(identity: Identity, facts: Facts) -> NodeReport:
         replicas=facts.replicas,
         architectures=warm.architectures if warm else (),
         loads=facts.loads,
+        probe=facts.probe,
     )
 
 

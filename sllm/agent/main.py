@@ -96,6 +96,7 @@ async def _serve(node: LocalNode, tls: Tls | None, agent: Agent, stop: asyncio.E
     address = config.advertise or f"{config.listen.rpartition(':')[0]}:{port}"
     controller = NodeClient(config.controller, tls, peer="the controller")
     heartbeat = Heartbeat(controller, node.changes, lambda: node.report(address), agent.learn_epoch, node.survey.look)
+    measuring = asyncio.create_task(node.measure_disk())
     try:
         lifecycle.notify(READY="1", X_ADDRESS=address)
         log.info("agent %s serves at %s", config.name, address)
@@ -103,6 +104,7 @@ async def _serve(node: LocalNode, tls: Tls | None, agent: Agent, stop: asyncio.E
     finally:
         log.info("agent %s stops", config.name)
         lifecycle.notify(STOPPING="1")
+        measuring.cancel()
         await server.stop(_GOODBYE_S)
         await controller.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 
 import psutil
@@ -12,6 +13,7 @@ from sllm.agent.devices.base import DeviceSource
 from sllm.agent.folders import Folders
 from sllm.agent.inventory import Facts, Identity, report
 from sllm.agent.launching import Launcher
+from sllm.agent.probing import first_probe
 from sllm.agent.records import Records
 from sllm.agent.replicas import Replicas
 from sllm.agent.scratch import Scratch
@@ -22,12 +24,14 @@ from sllm.agent.weights import Weights
 from sllm.config import AgentConfig, StoreConfig
 from sllm.core.grant import POOL_BLOCK_BYTES
 from sllm.core.ids import NodeName
-from sllm.core.node import NodeReport
+from sllm.core.node import LoadReport, NodeReport
 from sllm.core.residency import Tier, TierUsage
 from sllm.errors import InvalidConfiguration, SllmError
 from sllm.loader.store import SsdStore
 from sllm.rpc.transport import Tls
 from sllm.version import VERSION
+
+log = logging.getLogger(__name__)
 
 _DRAM_SHARE = 4  # of the free memory, one part in so many is the pool, where the configuration does not say
 
@@ -74,12 +78,22 @@ class LocalNode:
             on_change=self.changes.notify,
         )
         self._incarnation = secrets.token_hex(8)
+        self._probe: LoadReport | None = None
 
     async def _architectures(self) -> tuple[str, ...]:
         try:
             return (await self.warm.ready()).architectures
         except SllmError:
             return ()  # not known: a start will tell
+
+    async def measure_disk(self) -> None:
+        """Report a short measurement of the disk as soon as there is a checkpoint to read."""
+        try:
+            self._probe = await first_probe(self.store, self.changes, self.config.store.read_threads)
+        except SllmError as error:
+            log.warning("the disk is not measured: %s", error)
+        else:
+            self.changes.notify()
 
     def report(self, address: str) -> NodeReport:
         """Return the node as it is now."""
@@ -123,6 +137,7 @@ class LocalNode:
             ),
             dram=self.weights.usage,
             loads=self.weights.loads,
+            probe=self._probe,
         )
 
 

@@ -87,6 +87,13 @@ COMMANDS = {
     "status": _verb("status", "Show deployments, replicas and nodes."),
     "nodes": _verb("nodes", "List nodes with their devices and tiers."),
     "requests": _verb("requests", "List requests that run or wait."),
+    "explain": _verb(
+        "explain",
+        "Say why a replica started where it did, and how long it took.",
+        "Of a deployment its last starts, what it waits for, and where a replica would be started now; of a replica "
+        "its start; of a request when it was held and granted, and the start of its replica. Numbers that nobody has "
+        "measured yet are marked with ~, those measured of something alike with ≈.",
+    ),
     "logs": _verb("logs", "Print the last log lines of a replica or a node."),
     "dev": _verb(
         "dev",

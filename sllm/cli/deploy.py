@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from sllm.cli import explanations
 from sllm.cli.failures import reported
 from sllm.cli.options import (
     ContextOption,
     ControllerOption,
+    DryRunOption,
     OutputOption,
     Patience,
     TimeoutOption,
@@ -27,6 +29,7 @@ from sllm.errors import InvalidArgument
 EXAMPLE = """
 sllm deploy demo --checkpoint demo-model --max 2 --keep-alive 5m
 sllm deploy org/chat --checkpoint llama --min 1 --engine-arg max-logprobs=20
+sllm deploy demo --checkpoint demo-model --min 2 --dry-run
 """
 
 DEFAULT_MAX = 2
@@ -61,6 +64,7 @@ def deploy(
         list[str] | None,
         typer.Option("--engine-arg", metavar="KEY=VALUE", help="Option of the engine; may be repeated."),
     ] = None,
+    dry_run: DryRunOption = False,
     wait: WaitOption = True,
     timeout: TimeoutOption = None,
     output: OutputOption = Format.TABLE,
@@ -83,7 +87,10 @@ def deploy(
         )
         request = DeployRequest(request_id=new_request_id(), spec=spec)
     where = Where(output=output, context=context, controller=controller)
-    change(where, Patience(wait=wait, timeout=timeout), lambda client: client.deploy(request))
+    if dry_run:
+        explanations.preview(where, lambda client: client.plan_deploy(request))
+    else:
+        change(where, Patience(wait=wait, timeout=timeout), lambda client: client.deploy(request))
 
 
 def _engine_args(pairs: list[str]) -> dict[str, str]:

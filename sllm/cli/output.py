@@ -30,15 +30,17 @@ class Table:
     empty: str = ""
 
 
-def emit(form: Format, *, tables: Sequence[Table], data: Any, names: Sequence[str]) -> None:
-    """Print an answer in the form asked for."""
+def emit(form: Format, *, tables: Sequence[Table], data: Any, names: Sequence[str], note: str = "") -> None:
+    """Print an answer in the form asked for; `note` is a line under the tables."""
     if form is Format.JSON:
         print(_json(data))
     elif form is Format.NAME:
         for name in names:
             print(one_line(name))
     else:
-        sys.stdout.write("\n".join(_rendered(table) for table in tables))
+        sys.stdout.write(
+            "\n".join([*(_rendered(table) for table in tables), *([f"{one_line(note)}\n"] if note else [])])
+        )
         sys.stdout.flush()
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sllm.cli.units import time_text
 from sllm.core.residency import Residency, TierUsage
+from sllm.core.startup import EstimatorError
 
 if TYPE_CHECKING:
     from sllm.core.checkpoint import Checkpoint
     from sllm.core.migration import MigrationPlan
-    from sllm.core.node import Node
+    from sllm.core.node import LoadReport, Node
     from sllm.core.operation import Operation
     from sllm.core.request import RequestRow
     from sllm.rpc.control import CheckpointRow, ClusterStatus, DeploymentRow, ReplicaRow
@@ -26,7 +27,12 @@ def status_object(status: ClusterStatus) -> Row:
         "deployments": [deployment_row(row) for row in status.deployments],
         "replicas": [replica_row(row) for row in status.replicas],
         "nodes": [node_row(node) for node in status.nodes],
+        "estimator": _estimator_object(status.estimator),
     }
+
+
+def _estimator_object(error: EstimatorError) -> Row:
+    return {"starts": error.count, "error_p50": error.p50, "error_p95": error.p95, "guessed": error.guessed}
 
 
 def deployment_row(row: DeploymentRow) -> Row:
@@ -90,10 +96,15 @@ def node_row(node: Node) -> Row:
             {**asdict(device), "kind": device.kind.value, "state": device.state.value} for device in report.devices
         ],
         "tiers": {usage.tier.name.lower(): _tier_object(usage, report.residencies) for usage in usages},
-        "loads": [{**asdict(load), "tier": load.tier.name.lower()} for load in report.loads],
+        "loads": [_load_row(load) for load in report.loads],
+        "probe": _load_row(report.probe) if report.probe else None,
         "incarnation": report.incarnation,
         "last_seen": time_text(node.last_seen),
     }
+
+
+def _load_row(load: LoadReport) -> Row:
+    return {**asdict(load), "tier": load.tier.name.lower()}
 
 
 def _tier_object(usage: TierUsage, residencies: tuple[Residency, ...]) -> Row:

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from sllm.cli import explanations
 from sllm.cli.failures import reported
 from sllm.cli.options import (
     ContextOption,
     ControllerOption,
+    DryRunOption,
     OutputOption,
     Patience,
     TimeoutOption,
@@ -24,6 +26,7 @@ from sllm.errors import InvalidArgument
 EXAMPLE = """
 sllm scale demo --replicas 0
 sllm scale demo --min 1 --max 4
+sllm scale demo --replicas 2 --dry-run
 """
 
 
@@ -32,6 +35,7 @@ def scale(
     replicas: Annotated[int | None, typer.Option("--replicas", metavar="N", min=0, help="Have so many now.")] = None,
     minimum: Annotated[int | None, typer.Option("--min", metavar="N", min=0, help="Keep so many at least.")] = None,
     maximum: Annotated[int | None, typer.Option("--max", metavar="N", min=1, help="Have so many at most.")] = None,
+    dry_run: DryRunOption = False,
     wait: WaitOption = True,
     timeout: TimeoutOption = None,
     output: OutputOption = Format.TABLE,
@@ -50,7 +54,10 @@ def scale(
             max_replicas=maximum,
         )
     where = Where(output=output, context=context, controller=controller)
-    change(where, Patience(wait=wait, timeout=timeout), lambda client: client.scale(request))
+    if dry_run:
+        explanations.preview(where, lambda client: client.plan_scale(request))
+    else:
+        change(where, Patience(wait=wait, timeout=timeout), lambda client: client.scale(request))
 
 
 def _check_choice(replicas: int | None, minimum: int | None, maximum: int | None) -> None:

@@ -26,4 +26,5 @@ def status(
         *(f"node/{node.report.name}" for node in found.nodes),
     ]
     shown = [tables.deployments(found.deployments), tables.replicas(found.replicas), tables.residency(found.nodes)]
-    emit(output, tables=shown, data=rows.status_object(found), names=names)
+    note = tables.estimator_note(found.estimator)
+    emit(output, tables=shown, data=rows.status_object(found), names=names, note=note)

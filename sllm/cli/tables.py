@@ -12,6 +12,7 @@ from sllm.core.device import DeviceKind, DeviceState
 from sllm.core.node import Node
 from sllm.core.replica import ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.residency import Residency, ResidencyState, Tier
+from sllm.core.startup import EstimatorError
 
 if TYPE_CHECKING:
     from sllm.core.migration import MigrationPlan, PlannedMove
@@ -103,6 +104,14 @@ def _held(node: Node, tier: Tier) -> str:
 
 def _copy_text(copy: Residency) -> str:
     return copy.checkpoint if copy.state is ResidencyState.READY else f"{copy.checkpoint} ({copy.state.value})"
+
+
+def estimator_note(error: EstimatorError) -> str:
+    """How well startup times were told lately; empty while nobody knows."""
+    if error.p50 is None or error.p95 is None:
+        return ""
+    starts = "start" if error.count == 1 else f"{error.count} starts"
+    return f"predicted startup times were wrong by {error.p50:.1%} (median), {error.p95:.1%} (p95) in the last {starts}"
 
 
 def nodes(rows: Iterable[Node]) -> Table:

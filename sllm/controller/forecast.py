@@ -45,7 +45,7 @@ class Forecast:
 
     def observe(self, target: ReplicaView, nodes: Mapping[NodeName, NodeView], measured: Round) -> None:
         """Learn from one round at its destination."""
-        kind = _kind(target, nodes)
+        kind = kind_of(target, nodes)
         if kind is None:
             return
         key = (target.spec.digest, kind)
@@ -64,7 +64,7 @@ class Forecast:
 
     def cost(self, replica: ReplicaView, nodes: Mapping[NodeName, NodeView]) -> RecomputeCost:
         """What recomputing takes on a replica's kind of device."""
-        kind = _kind(replica, nodes)
+        kind = kind_of(replica, nodes)
         estimate = self._estimates.get((replica.spec.digest, kind)) if kind else None
         return estimate.cost if estimate else RecomputeCost()
 
@@ -88,7 +88,7 @@ class Forecast:
         return left * row.interval_s if left is not None and row.interval_s > 0 else None
 
 
-def _kind(replica: ReplicaView, nodes: Mapping[NodeName, NodeView]) -> DeviceKind | None:
+def kind_of(replica: ReplicaView, nodes: Mapping[NodeName, NodeView]) -> DeviceKind | None:
     """The kind of the devices that a replica has; None: its node does not say."""
     view = nodes.get(replica.node)
     kinds = {device.id: device.kind for device in view.report.devices} if view else {}

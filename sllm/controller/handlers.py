@@ -27,6 +27,7 @@ from sllm.controller.jobs import Job
 from sllm.controller.router import Waiter
 from sllm.controller.routes import targets
 from sllm.controller.store.base import Op
+from sllm.controller.waits import Wait
 from sllm.controller.world import World
 from sllm.core.ids import DeploymentName, OperationId, make_id
 from sllm.core.node import OPEN
@@ -178,10 +179,9 @@ class Handlers:
         job = self._job(event.request_id, jobs.SCALE, view.name, revision=view.current.number)
         await self._commit([records.put_deployment(view)], job)
         world.cluster.deployments[view.name] = view
-        if event.replicas is not None:
-            for replica in autoscale.surplus(snapshot, view, world.cluster.of(view.name), event.replicas):
-                intent = Intent.DRAIN if replica.ready else Intent.STOP
-                world.cluster.intend(replica.spec.id, intent, Command.DUE)
+        for replica in autoscale.surplus(snapshot, view, world.cluster.of(view.name), event.replicas):
+            intent = Intent.DRAIN if replica.ready else Intent.STOP
+            world.cluster.intend(replica.spec.id, intent, Command.DUE)
         return job.operation
 
     async def _add_checkpoint(self, event: AddCheckpointRequest) -> Operation:
@@ -311,3 +311,6 @@ def grant_held(world: World, name: DeploymentName, now: float) -> None:
         running = replace(waiter.row, state=RequestState.RUNNING, replica=grant.target.replica)
         world.loads.granted(waiter.ticket, gateway=waiter.gateway, row=running, now=now)
         world.tickets[waiter.ticket].grant(grant.target)
+        wall = world.clock.wall()
+        wait = Wait(deployment=name, replica=grant.target.replica, held_at=wall - (now - waiter.since), granted_at=wall)
+        world.waits.granted(waiter.row.id, wait)

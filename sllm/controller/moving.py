@@ -86,6 +86,8 @@ def starts(world: World, decisions: tuple[Decision, ...]) -> list[Action]:
                     devices=start.devices,
                     priority=Priority.REQUEST,
                     why=why,
+                    estimate=start.estimate,
+                    candidates=start.candidates,
                 )
             )
     return found

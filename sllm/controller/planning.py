@@ -49,6 +49,7 @@ async def advance(world: World) -> float | None:
 async def _judge_nodes(world: World, now: float) -> None:
     for name in world.cluster.judge(now):
         log.warning("node %s has been silent for %.0f s and is dead", name, world.policy.dead_s)
+        world.estimator.forget(name)
         await world.executor.forget(world.cluster.nodes[name].report.address)
         if world.cluster.cordons.get(name, OPEN) == OPEN:
             await world.commit([records.delete_node(name)])
@@ -130,6 +131,7 @@ def _start(world: World, action: StartReplica) -> None:
         engine_args=wish.engine_args,
     )
     log.info("start %s of %s on %s: %s", spec.id, spec.deployment, action.node, action.why)
+    world.decisions.made(action, spec, world.clock.wall())
     world.cluster.put(ReplicaView(spec=spec, node=action.node, priority=action.priority))
     world.executor.start(world.cluster.nodes[action.node].report.address, spec, action.priority)
 
@@ -152,6 +154,7 @@ async def _remove(world: World, action: RemoveDeployment) -> None:
     await world.commit([records.delete_deployment(action.deployment)])
     del world.cluster.deployments[action.deployment]
     world.forecast.forget(action.deployment)
+    world.decisions.forget(action.deployment)
     log.info("deployment %s is gone", action.deployment)
 
 

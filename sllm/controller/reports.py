@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sllm.controller import records
 from sllm.controller.events import CommandEnded, Contested, Registered
+from sllm.controller.forecast import kind_of
 from sllm.controller.world import World
 from sllm.core.cluster import Changes
 from sllm.core.ids import DeploymentName
@@ -93,7 +94,7 @@ def apply(world: World, changes: Changes, now: float) -> None:
     for replica in changes.failed:
         _failed(world, replica, now)
     for replica in changes.ready:
-        log.info("%s of %s is ready on %s", replica.spec.id, replica.spec.deployment, replica.node)
+        _started(world, replica)
         view = world.cluster.deployments.get(replica.spec.deployment)
         if view:
             _update(world, retry.succeeded(view, replica.spec.revision, now))
@@ -124,7 +125,21 @@ async def _take(world: World, report: NodeReport) -> None:
     now = world.clock.monotonic()
     world.changed = True
     world.awaited.discard(report.name)
+    world.estimator.reported(report, now)
     apply(world, world.cluster.observe(report, now=now, wall=world.clock.wall()), now)
+
+
+def _started(world: World, replica: ReplicaView) -> None:
+    """A replica is ready: note it beside what was expected, and learn from it."""
+    spec, status = replica.spec, replica.status
+    assert status is not None  # the report said so
+    log.info("%s of %s is ready on %s", spec.id, spec.deployment, replica.node)
+    known = world.decisions.get(spec.id) is not None
+    decision = world.decisions.ready(status, world.clock.wall())
+    kind = kind_of(replica, world.cluster.nodes)
+    # One whose node was thought to be dead for a while becomes ready a second time.
+    if kind is not None and (decision is not None or not known):
+        world.estimator.started(status, kind, estimate=decision.estimate if decision else None)
 
 
 def _failed(world: World, replica: ReplicaView, now: float) -> None:
@@ -132,6 +147,7 @@ def _failed(world: World, replica: ReplicaView, now: float) -> None:
     assert status is not None  # the report said so
     spec = replica.spec
     log.warning("%s of %s failed on %s: %s", spec.id, spec.deployment, replica.node, status.error)
+    world.decisions.failed(spec.id, status.error, status.phases_s)
     view = world.cluster.deployments.get(spec.deployment)
     if view:
         reason = status.error_reason or "ENGINE_FAILED"
@@ -141,6 +157,7 @@ def _failed(world: World, replica: ReplicaView, now: float) -> None:
 def _start_refused(world: World, replica: ReplicaView, error: SllmError) -> None:
     now, spec = world.clock.monotonic(), replica.spec
     log.warning("start of %s on %s: %s", spec.id, replica.node, error)
+    world.decisions.failed(spec.id, error.message, {})
     if isinstance(error, StaleGeneration):
         log.error("an agent has seen a newer controller: is another one running?")
     if _is_unclear(error):

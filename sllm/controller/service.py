@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import cast
 
-from sllm.controller import moves, moving, status
+from sllm.controller import changes, explaining, moves, moving, status
+from sllm.controller.dry_runs import dry_run
 from sllm.controller.inbox import Inbox
 from sllm.controller.world import World
+from sllm.core.decision import DeploymentPlan, Explanation
 from sllm.core.ids import NodeName, ReplicaId
 from sllm.core.migration import MigrationPlan
 from sllm.core.operation import Operation
@@ -23,6 +25,7 @@ from sllm.rpc.control import (
     DeployRequest,
     DrainRequest,
     Empty,
+    ExplainRequest,
     LogChunk,
     MigrateRequest,
     ReadLogsRequest,
@@ -32,6 +35,7 @@ from sllm.rpc.control import (
     VerifyCheckpointRequest,
     WatchOperationRequest,
 )
+from sllm.scheduler import autoscale
 
 
 class ControllerControl:
@@ -53,11 +57,22 @@ class ControllerControl:
     async def deploy(self, request: DeployRequest) -> Operation:
         return await self._operation(request)
 
+    async def plan_deploy(self, request: DeployRequest) -> DeploymentPlan:
+        world, snapshot = self._world, self._snapshot()
+        changed = changes.deployed(snapshot, request.spec, world.clock.wall())
+        return dry_run(snapshot, changed, world.clock.monotonic())
+
     async def delete(self, request: DeleteRequest) -> Operation:
         return await self._operation(request)
 
     async def scale(self, request: ScaleRequest) -> Operation:
         return await self._operation(request)
+
+    async def plan_scale(self, request: ScaleRequest) -> DeploymentPlan:
+        world, snapshot = self._world, self._snapshot()
+        changed = changes.scaled(changes.found(snapshot, request.name), request, world.clock.wall())
+        let_go = autoscale.surplus(snapshot, changed, world.cluster.of(changed.name), request.replicas)
+        return dry_run(snapshot, changed, world.clock.monotonic(), let_go=let_go)
 
     async def migrate(self, request: MigrateRequest) -> Operation:
         return await self._operation(request)
@@ -86,10 +101,15 @@ class ControllerControl:
         return status.checkpoint_list(self._snapshot(), self._world.forecast)
 
     async def get_status(self, request: Empty) -> ClusterStatus:
-        return status.cluster_status(self._snapshot(), self._world.reasons, self._world.clock.monotonic())
+        world = self._world
+        now = world.clock.monotonic()
+        return status.cluster_status(world.snapshot(now), world.reasons, world.estimator.error, now)
 
     async def list_requests(self, request: Empty) -> RequestList:
         return status.request_list(self._world.rows().values(), self._world.cluster.replicas)
+
+    async def explain(self, request: ExplainRequest) -> Explanation:
+        return explaining.explain(self._world, request.target)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         node, replica = self._located(request.target)

@@ -12,6 +12,7 @@ from sllm.core.node import Node, NodeState
 from sllm.core.replica import ReplicaStatus
 from sllm.core.request import RequestRow
 from sllm.core.snapshot import DeploymentView, NodeView, ReplicaView, Snapshot
+from sllm.core.startup import EstimatorError
 from sllm.rpc.control import (
     CheckpointCopy,
     CheckpointList,
@@ -28,7 +29,9 @@ from sllm.scheduler.plan import Reason
 from sllm.version import VERSION
 
 
-def cluster_status(snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason], now: float) -> ClusterStatus:
+def cluster_status(
+    snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason], estimator: EstimatorError, now: float
+) -> ClusterStatus:
     replicas = snapshot.replicas_by_deployment()
     views = sorted(snapshot.deployments.values(), key=lambda view: view.name)
     return ClusterStatus(
@@ -36,6 +39,7 @@ def cluster_status(snapshot: Snapshot, reasons: Mapping[DeploymentName, Reason],
         deployments=tuple(_deployment(snapshot, v, replicas.get(v.name, ()), reasons, now) for v in views),
         replicas=tuple(_replica(replica) for name in sorted(replicas) for replica in replicas[name]),
         nodes=tuple(_node(snapshot.nodes[name]) for name in sorted(snapshot.nodes)),
+        estimator=estimator,
     )
 
 
@@ -62,14 +66,20 @@ def _recompute(known: Recompute) -> RecomputeRow:
 
 def request_list(rows: Iterable[RequestRow], replicas: Mapping[ReplicaId, ReplicaView]) -> RequestList:
     """Open requests, the oldest first, with the nodes they run on. Of two rows of one request the later holds."""
-
-    def placed(row: RequestRow) -> RequestRow:
-        replica = replicas.get(row.replica) if row.replica else None
-        return replace(row, node=replica.node) if replica else row
-
     latest = {row.id: row for row in rows}
     in_order = sorted(latest.values(), key=lambda row: (row.started_at, row.id))
-    return RequestList(requests=tuple(placed(row) for row in in_order))
+    return RequestList(requests=tuple(placed(row, replicas) for row in in_order))
+
+
+def placed(row: RequestRow, replicas: Mapping[ReplicaId, ReplicaView]) -> RequestRow:
+    """A request with the node that it runs on."""
+    replica = replicas.get(row.replica) if row.replica else None
+    return replace(row, node=replica.node) if replica else row
+
+
+def waits_for(snapshot: Snapshot, view: DeploymentView, reasons: Mapping[DeploymentName, Reason], now: float) -> str:
+    """What a deployment waits for now; empty if for nothing."""
+    return _deployment(snapshot, view, snapshot.replicas_by_deployment().get(view.name, ()), reasons, now).reason
 
 
 def _deployment(

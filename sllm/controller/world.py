@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from sllm.controller import moves, records
 from sllm.controller.clock import Clock
+from sllm.controller.decisions import Decisions
 from sllm.controller.executor import Executor
 from sllm.controller.flights import Flights
 from sllm.controller.forecast import Forecast
@@ -17,12 +18,14 @@ from sllm.controller.loads import OVERDUE_S, Loads
 from sllm.controller.router import Router
 from sllm.controller.store.base import Compare, Item, Op, StateStore
 from sllm.controller.tickets import Ticket
+from sllm.controller.waits import Waits
 from sllm.core.cluster import ClusterState
 from sllm.core.ids import DeploymentName, NodeName, RequestId
 from sllm.core.request import RequestRow
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Policy, Snapshot
 from sllm.errors import Conflict, SllmError
+from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Reason
 
 
@@ -42,6 +45,9 @@ class World:
         self.jobs = Jobs()
         self.flights = Flights()
         self.forecast = Forecast()
+        self.estimator = Estimator()
+        self.decisions = Decisions()
+        self.waits = Waits()
         self.tickets: dict[int, Ticket] = {}
         self.table = Latest(RouteTable(epoch=epoch, revision=0))
         self.reasons: dict[DeploymentName, Reason] = {}
@@ -71,6 +77,7 @@ class World:
             held=self.router.held(),
             settled=self.settled(now),
             loads_fresh=self.loads.fresh(now),
+            learnt=self.estimator.learnt(now),
         )
         moving = self.jobs.moving()
         return replace(snapshot, pinned=moves.ends_of(moving, snapshot, self.rows())) if moving else snapshot

@@ -13,6 +13,7 @@ from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
+from sllm.core.startup import NOTHING_LEARNT, Learnt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class ClusterState:
         held: Mapping[DeploymentName, Held],
         settled: bool,
         loads_fresh: bool,
+        learnt: Learnt = NOTHING_LEARNT,
     ) -> Snapshot:
         return Snapshot(
             policy=self.policy,
@@ -59,6 +61,7 @@ class ClusterState:
             held=dict(held),
             settled=settled,
             loads_fresh=loads_fresh,
+            learnt=learnt,
         )
 
     # -- nodes

@@ -45,7 +45,7 @@ class NodeReport:
 
     `incarnation` is drawn anew by each start of an agent; `revision` grows with each change within an incarnation.
     `architectures` lists what the node's engine can serve; empty means that it is not known yet. `loads` are the last
-    loads, the oldest first.
+    loads, the oldest first; `probe` is a short measurement of its disk, as if it had been one.
     """
 
     name: NodeName
@@ -62,6 +62,7 @@ class NodeReport:
     replicas: tuple[ReplicaStatus, ...] = ()
     architectures: tuple[str, ...] = ()
     loads: tuple[LoadReport, ...] = ()
+    probe: LoadReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

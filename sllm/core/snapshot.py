@@ -16,6 +16,7 @@ from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
+from sllm.core.startup import NOTHING_LEARNT, Learnt
 
 
 class Intent(StrEnum):
@@ -109,6 +110,18 @@ class NodeView:
         tiers = [r.tier for r in self.report.residencies if r.digest == digest and r.state is ResidencyState.READY]
         return max(tiers) if Tier.SSD in tiers else None
 
+    def in_memory(self, digest: str) -> bool:
+        """True if a start has nothing to read from SSD."""
+        return any(
+            r.digest == digest and r.tier is Tier.DRAM and r.state is ResidencyState.READY
+            for r in self.report.residencies
+        )
+
+    def stored_bytes(self, digest: str) -> int:
+        """The size of its copy at rest; 0: there is none."""
+        copies = (r.size_bytes for r in self.report.residencies if r.digest == digest and r.tier is Tier.SSD)
+        return max(copies, default=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
@@ -188,7 +201,8 @@ class Held:
 class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
     `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
-    of a migration that somebody asked for: they are not let go because they are more than is needed."""
+    of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
+    startup times are estimated from."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -199,6 +213,7 @@ class Snapshot:
     settled: bool = True
     loads_fresh: bool = True
     pinned: frozenset[ReplicaId] = frozenset()
+    learnt: Learnt = NOTHING_LEARNT
 
     def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
         """Replicas of each deployment, the oldest first."""

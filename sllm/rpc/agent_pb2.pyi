@@ -1,20 +1,10 @@
 from sllm.rpc import common_pb2 as _common_pb2
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    PRIORITY_REQUEST: _ClassVar[Priority]
-    PRIORITY_PREWARM: _ClassVar[Priority]
-    PRIORITY_PREFETCH: _ClassVar[Priority]
-PRIORITY_REQUEST: Priority
-PRIORITY_PREWARM: Priority
-PRIORITY_PREFETCH: Priority
 
 class AgentAddCheckpointRequest(_message.Message):
     __slots__ = ("epoch", "operation", "name", "source")
@@ -63,8 +53,8 @@ class StartReplicaRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     spec: _common_pb2.ReplicaSpec
-    priority: Priority
-    def __init__(self, epoch: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    priority: _common_pb2.Priority
+    def __init__(self, epoch: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., priority: _Optional[_Union[_common_pb2.Priority, str]] = ...) -> None: ...
 
 class StopReplicaRequest(_message.Message):
     __slots__ = ("epoch", "replica", "generation", "drain_s")

@@ -21,6 +21,12 @@ class ResidencyState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RESIDENCY_STATE_READY: _ClassVar[ResidencyState]
     RESIDENCY_STATE_QUARANTINED: _ClassVar[ResidencyState]
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_REQUEST: _ClassVar[Priority]
+    PRIORITY_PREWARM: _ClassVar[Priority]
+    PRIORITY_PREFETCH: _ClassVar[Priority]
+
 class DeviceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DEVICE_KIND_UNSPECIFIED: _ClassVar[DeviceKind]
@@ -95,6 +101,21 @@ class MigrationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MIGRATION_STATE_FINISHED: _ClassVar[MigrationState]
     MIGRATION_STATE_CANCELLED: _ClassVar[MigrationState]
     MIGRATION_STATE_FAILED: _ClassVar[MigrationState]
+
+class Basis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BASIS_UNSPECIFIED: _ClassVar[Basis]
+    BASIS_REPORTED: _ClassVar[Basis]
+    BASIS_MEASURED: _ClassVar[Basis]
+    BASIS_SIMILAR: _ClassVar[Basis]
+    BASIS_GUESSED: _ClassVar[Basis]
+
+class WaitsOn(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WAITS_ON_UNSPECIFIED: _ClassVar[WaitsOn]
+    WAITS_ON_NODES: _ClassVar[WaitsOn]
+    WAITS_ON_DEVICES: _ClassVar[WaitsOn]
+    WAITS_ON_MEMORY: _ClassVar[WaitsOn]
 TIER_REMOTE: Tier
 TIER_SSD: Tier
 TIER_DRAM: Tier
@@ -103,6 +124,9 @@ RESIDENCY_STATE_UNSPECIFIED: ResidencyState
 RESIDENCY_STATE_LOADING: ResidencyState
 RESIDENCY_STATE_READY: ResidencyState
 RESIDENCY_STATE_QUARANTINED: ResidencyState
+PRIORITY_REQUEST: Priority
+PRIORITY_PREWARM: Priority
+PRIORITY_PREFETCH: Priority
 DEVICE_KIND_UNSPECIFIED: DeviceKind
 DEVICE_KIND_CPU: DeviceKind
 DEVICE_KIND_CUDA: DeviceKind
@@ -151,6 +175,15 @@ MIGRATION_STATE_MOVED: MigrationState
 MIGRATION_STATE_FINISHED: MigrationState
 MIGRATION_STATE_CANCELLED: MigrationState
 MIGRATION_STATE_FAILED: MigrationState
+BASIS_UNSPECIFIED: Basis
+BASIS_REPORTED: Basis
+BASIS_MEASURED: Basis
+BASIS_SIMILAR: Basis
+BASIS_GUESSED: Basis
+WAITS_ON_UNSPECIFIED: WaitsOn
+WAITS_ON_NODES: WaitsOn
+WAITS_ON_DEVICES: WaitsOn
+WAITS_ON_MEMORY: WaitsOn
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "hint", "retry_after_s")
@@ -376,7 +409,7 @@ class LoadReport(_message.Message):
     def __init__(self, number: _Optional[int] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., read_s: _Optional[float] = ...) -> None: ...
 
 class NodeReport(_message.Message):
-    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures", "loads")
+    __slots__ = ("name", "incarnation", "revision", "address", "version", "engine", "warm", "devices", "tiers", "residencies", "checkpoints", "replicas", "architectures", "loads", "probe")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -391,6 +424,7 @@ class NodeReport(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURES_FIELD_NUMBER: _ClassVar[int]
     LOADS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     revision: int
@@ -405,7 +439,8 @@ class NodeReport(_message.Message):
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     architectures: _containers.RepeatedScalarFieldContainer[str]
     loads: _containers.RepeatedCompositeFieldContainer[LoadReport]
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[LoadReport, _Mapping]]] = ...) -> None: ...
+    probe: LoadReport
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., revision: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., warm: bool = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierUsage, _Mapping]]] = ..., residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., architectures: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[LoadReport, _Mapping]]] = ..., probe: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("report", "state", "last_seen", "cordoned", "cordoned_devices")
@@ -582,3 +617,158 @@ class MigrationReport(_message.Message):
     error: str
     error_reason: str
     def __init__(self, migration: _Optional[str] = ..., request: _Optional[str] = ..., state: _Optional[_Union[MigrationState, str]] = ..., rounds: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., last_round: _Optional[_Union[Round, _Mapping]] = ..., predicted_pause_s: _Optional[float] = ..., error: _Optional[str] = ..., error_reason: _Optional[str] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("seconds", "basis", "observations")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BASIS_FIELD_NUMBER: _ClassVar[int]
+    OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    basis: Basis
+    observations: int
+    def __init__(self, seconds: _Optional[float] = ..., basis: _Optional[_Union[Basis, str]] = ..., observations: _Optional[int] = ...) -> None: ...
+
+class Estimate(_message.Message):
+    __slots__ = ("queued", "warming", "forking", "loading", "building", "tier", "size_bytes", "ahead_bytes")
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    WARMING_FIELD_NUMBER: _ClassVar[int]
+    FORKING_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    BUILDING_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    queued: Part
+    warming: Part
+    forking: Part
+    loading: Part
+    building: Part
+    tier: Tier
+    size_bytes: int
+    ahead_bytes: int
+    def __init__(self, queued: _Optional[_Union[Part, _Mapping]] = ..., warming: _Optional[_Union[Part, _Mapping]] = ..., forking: _Optional[_Union[Part, _Mapping]] = ..., loading: _Optional[_Union[Part, _Mapping]] = ..., building: _Optional[_Union[Part, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., size_bytes: _Optional[int] = ..., ahead_bytes: _Optional[int] = ...) -> None: ...
+
+class EstimatorError(_message.Message):
+    __slots__ = ("count", "p50", "p95", "guessed")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    P50_FIELD_NUMBER: _ClassVar[int]
+    P95_FIELD_NUMBER: _ClassVar[int]
+    GUESSED_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    p50: float
+    p95: float
+    guessed: int
+    def __init__(self, count: _Optional[int] = ..., p50: _Optional[float] = ..., p95: _Optional[float] = ..., guessed: _Optional[int] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("node", "refused", "waits_on", "estimate")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    WAITS_ON_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    refused: str
+    waits_on: WaitsOn
+    estimate: Estimate
+    def __init__(self, node: _Optional[str] = ..., refused: _Optional[str] = ..., waits_on: _Optional[_Union[WaitsOn, str]] = ..., estimate: _Optional[_Union[Estimate, _Mapping]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("replica", "deployment", "revision", "node", "devices", "priority", "decided_at", "why", "estimate", "candidates", "omitted", "state", "phases_s", "ready_at", "error")
+    class PhasesSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_AT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    OMITTED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PHASES_S_FIELD_NUMBER: _ClassVar[int]
+    READY_AT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    deployment: str
+    revision: int
+    node: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    priority: Priority
+    decided_at: float
+    why: str
+    estimate: Estimate
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    omitted: int
+    state: ReplicaState
+    phases_s: _containers.ScalarMap[str, float]
+    ready_at: float
+    error: str
+    def __init__(self, replica: _Optional[str] = ..., deployment: _Optional[str] = ..., revision: _Optional[int] = ..., node: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., decided_at: _Optional[float] = ..., why: _Optional[str] = ..., estimate: _Optional[_Union[Estimate, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., omitted: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., phases_s: _Optional[_Mapping[str, float]] = ..., ready_at: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("deployment", "waits_for", "candidates", "request", "held_at", "granted_at", "decisions")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    HELD_AT_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_AT_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    waits_for: str
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    request: RequestRow
+    held_at: float
+    granted_at: float
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    def __init__(self, deployment: _Optional[str] = ..., waits_for: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., request: _Optional[_Union[RequestRow, _Mapping]] = ..., held_at: _Optional[float] = ..., granted_at: _Optional[float] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+
+class PlannedStart(_message.Message):
+    __slots__ = ("node", "devices", "why", "estimate")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    why: str
+    estimate: Estimate
+    def __init__(self, node: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., why: _Optional[str] = ..., estimate: _Optional[_Union[Estimate, _Mapping]] = ...) -> None: ...
+
+class PlannedStop(_message.Message):
+    __slots__ = ("replica", "deployment", "node", "why")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    deployment: str
+    node: str
+    why: str
+    def __init__(self, replica: _Optional[str] = ..., deployment: _Optional[str] = ..., node: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class DeploymentPlan(_message.Message):
+    __slots__ = ("deployment", "revision", "starts", "stops", "waits_for", "ready_s", "candidates")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    STOPS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    READY_S_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    revision: int
+    starts: _containers.RepeatedCompositeFieldContainer[PlannedStart]
+    stops: _containers.RepeatedCompositeFieldContainer[PlannedStop]
+    waits_for: str
+    ready_s: float
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    def __init__(self, deployment: _Optional[str] = ..., revision: _Optional[int] = ..., starts: _Optional[_Iterable[_Union[PlannedStart, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[PlannedStop, _Mapping]]] = ..., waits_for: _Optional[str] = ..., ready_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sllm.core.checkpoint import Checkpoint
+from sllm.core.decision import DeploymentPlan, Explanation
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import DeviceKind
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
@@ -17,6 +18,7 @@ from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaStatus
 from sllm.core.request import RequestRow
 from sllm.core.residency import Residency
+from sllm.core.startup import EstimatorError
 from sllm.rpc import common_pb2, controller_pb2
 from sllm.rpc.transport import Client, Handlers, Method
 
@@ -177,6 +179,14 @@ class ClusterStatus:
     deployments: tuple[DeploymentRow, ...] = ()
     replicas: tuple[ReplicaRow, ...] = ()
     nodes: tuple[Node, ...] = ()
+    estimator: EstimatorError = field(default_factory=EstimatorError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainRequest:
+    """`target` is a deployment's name, or the id of a replica or a request."""
+
+    target: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,8 +210,16 @@ class ControlService(Protocol):
     async def remove_checkpoint(self, request: RemoveCheckpointRequest) -> Operation: ...
     async def verify_checkpoint(self, request: VerifyCheckpointRequest) -> Operation: ...
     async def deploy(self, request: DeployRequest) -> Operation: ...
+    async def plan_deploy(self, request: DeployRequest) -> DeploymentPlan:
+        """What `deploy` would do; nothing is changed."""
+        ...
+
     async def delete(self, request: DeleteRequest) -> Operation: ...
     async def scale(self, request: ScaleRequest) -> Operation: ...
+    async def plan_scale(self, request: ScaleRequest) -> DeploymentPlan:
+        """What `scale` would do; nothing is changed."""
+        ...
+
     async def migrate(self, request: MigrateRequest) -> Operation: ...
     async def plan_migration(self, request: MigrateRequest) -> MigrationPlan:
         """What `migrate` would do; nothing is changed."""
@@ -216,6 +234,7 @@ class ControlService(Protocol):
     def watch_operation(self, request: WatchOperationRequest) -> AsyncIterator[Operation]: ...
     async def get_status(self, request: Empty) -> ClusterStatus: ...
     async def list_requests(self, request: Empty) -> RequestList: ...
+    async def explain(self, request: ExplainRequest) -> Explanation: ...
     def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]: ...
 
 
@@ -230,8 +249,10 @@ VERIFY_CHECKPOINT = Method(
     "VerifyCheckpoint", VerifyCheckpointRequest, _m.VerifyCheckpointRequest, Operation, _c.Operation
 )
 DEPLOY = Method("Deploy", DeployRequest, _m.DeployRequest, Operation, _c.Operation)
+PLAN_DEPLOY = Method("PlanDeploy", DeployRequest, _m.DeployRequest, DeploymentPlan, _c.DeploymentPlan)
 DELETE = Method("Delete", DeleteRequest, _m.DeleteRequest, Operation, _c.Operation)
 SCALE = Method("Scale", ScaleRequest, _m.ScaleRequest, Operation, _c.Operation)
+PLAN_SCALE = Method("PlanScale", ScaleRequest, _m.ScaleRequest, DeploymentPlan, _c.DeploymentPlan)
 MIGRATE = Method("Migrate", MigrateRequest, _m.MigrateRequest, Operation, _c.Operation)
 PLAN_MIGRATION = Method("PlanMigration", MigrateRequest, _m.MigrateRequest, MigrationPlan, _m.MigrationPlan)
 DRAIN = Method("Drain", DrainRequest, _m.DrainRequest, Operation, _c.Operation)
@@ -242,6 +263,7 @@ WATCH_OPERATION = Method(
 )
 GET_STATUS = Method("GetStatus", Empty, _c.Empty, ClusterStatus, _m.ClusterStatus)
 LIST_REQUESTS = Method("ListRequests", Empty, _c.Empty, RequestList, _m.RequestList)
+EXPLAIN = Method("Explain", ExplainRequest, _m.ExplainRequest, Explanation, _c.Explanation)
 READ_LOGS = Method("ReadLogs", ReadLogsRequest, _m.ReadLogsRequest, LogChunk, _c.LogChunk, "stream")
 METHODS = (
     ADD_CHECKPOINT,
@@ -249,8 +271,10 @@ METHODS = (
     REMOVE_CHECKPOINT,
     VERIFY_CHECKPOINT,
     DEPLOY,
+    PLAN_DEPLOY,
     DELETE,
     SCALE,
+    PLAN_SCALE,
     MIGRATE,
     PLAN_MIGRATION,
     DRAIN,
@@ -259,6 +283,7 @@ METHODS = (
     WATCH_OPERATION,
     GET_STATUS,
     LIST_REQUESTS,
+    EXPLAIN,
     READ_LOGS,
 )
 
@@ -288,11 +313,17 @@ class ControlClient(Client):
     async def deploy(self, request: DeployRequest) -> Operation:
         return await self._unary(DEPLOY, request)
 
+    async def plan_deploy(self, request: DeployRequest) -> DeploymentPlan:
+        return await self._unary(PLAN_DEPLOY, request)
+
     async def delete(self, request: DeleteRequest) -> Operation:
         return await self._unary(DELETE, request)
 
     async def scale(self, request: ScaleRequest) -> Operation:
         return await self._unary(SCALE, request)
+
+    async def plan_scale(self, request: ScaleRequest) -> DeploymentPlan:
+        return await self._unary(PLAN_SCALE, request)
 
     async def migrate(self, request: MigrateRequest) -> Operation:
         return await self._unary(MIGRATE, request)
@@ -319,6 +350,9 @@ class ControlClient(Client):
 
     async def list_requests(self, request: Empty) -> RequestList:
         return await self._unary(LIST_REQUESTS, request)
+
+    async def explain(self, request: ExplainRequest) -> Explanation:
+        return await self._unary(EXPLAIN, request)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         async with aclosing(self._stream(READ_LOGS, request)) as stream:

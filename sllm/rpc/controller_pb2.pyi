@@ -208,16 +208,24 @@ class ReplicaRow(_message.Message):
     def __init__(self, node: _Optional[str] = ..., status: _Optional[_Union[_common_pb2.ReplicaStatus, _Mapping]] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("version", "deployments", "replicas", "nodes")
+    __slots__ = ("version", "deployments", "replicas", "nodes", "estimator")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployments: _containers.RepeatedCompositeFieldContainer[DeploymentRow]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaRow]
     nodes: _containers.RepeatedCompositeFieldContainer[_common_pb2.Node]
-    def __init__(self, version: _Optional[str] = ..., deployments: _Optional[_Iterable[_Union[DeploymentRow, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaRow, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[_common_pb2.Node, _Mapping]]] = ...) -> None: ...
+    estimator: _common_pb2.EstimatorError
+    def __init__(self, version: _Optional[str] = ..., deployments: _Optional[_Iterable[_Union[DeploymentRow, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaRow, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[_common_pb2.Node, _Mapping]]] = ..., estimator: _Optional[_Union[_common_pb2.EstimatorError, _Mapping]] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("target",)
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    def __init__(self, target: _Optional[str] = ...) -> None: ...
 
 class RequestList(_message.Message):
     __slots__ = ("requests",)

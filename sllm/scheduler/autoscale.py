@@ -70,12 +70,14 @@ def scale(view: DeploymentView, snapshot: Snapshot, existing: int, now: float) -
 
 
 def surplus(
-    snapshot: Snapshot, view: DeploymentView, replicas: Sequence[ReplicaView], wanted: int
+    snapshot: Snapshot, view: DeploymentView, replicas: Sequence[ReplicaView], wanted: int | None
 ) -> list[ReplicaView]:
     """The live replicas beyond `wanted`, in the order in which to let them go: starting ones, then the idlest.
 
-    As many as held requests need are left to them.
+    As many as held requests need are left to them. None: no number is asked for, and none is beyond it.
     """
+    if wanted is None:
+        return []
     spec = view.current.deployment.spec
     held = snapshot.held.get(spec.name)
     keep = max(wanted, -(-held.count // spec.target_concurrency) if held else 0)

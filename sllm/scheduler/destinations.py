@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from sllm.core.decision import Candidate, WaitsOn
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.node import NodeState
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import ReplicaView, Snapshot
-from sllm.scheduler.placement import Placement, Room, WaitsOn, place, refusals
+from sllm.core.startup import Estimate
+from sllm.scheduler.placement import Placement, place, refusals
+from sllm.scheduler.room import Room
 
 
 class Obstacle(StrEnum):
@@ -41,6 +44,8 @@ class Startable:
     deployment: DeploymentName
     node: NodeName
     devices: tuple[DeviceId, ...]
+    estimate: Estimate
+    candidates: tuple[Candidate, ...]
 
 
 Destination = ReplicaView | Startable | Refusal
@@ -142,7 +147,13 @@ def _start(
         )
     placement = place(Room(snapshot), deployment, only=node)
     if isinstance(placement, Placement):
-        return Startable(deployment=spec.deployment, node=node, devices=placement.devices)
+        return Startable(
+            deployment=spec.deployment,
+            node=node,
+            devices=placement.devices,
+            estimate=placement.estimate,
+            candidates=placement.candidates,
+        )
     if full:
         text = f"{full[0].spec.id} on node {node!r} has no room"
         return Refusal(on=Obstacle.ROOM, text=text, hint="wait until requests there have ended")

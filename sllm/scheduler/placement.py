@@ -1,37 +1,30 @@
-"""Where a replica may be started: a node with free devices that holds the checkpoint.
+"""Where a replica is started: of the nodes with free devices that hold the checkpoint, on the one where it is expected
+to be ready first (paper §5.1); where that is the same, on the one with the fewest replicas, then by name.
 
-A first rule, behind the interface that a startup-time estimate will fill: warm nodes first, then those that hold the
-checkpoint in DRAM, then those with the fewest replicas, then by name.
+A guess is no reason to prefer a node: where one of the candidates cannot be told from measurements yet, a rule decides
+(docs/decisions/0014-estimated-startup-time.md): warm nodes first, then those that hold the checkpoint in DRAM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
+from sllm.core.decision import Candidate, WaitsOn
 from sllm.core.device import Device, DeviceState
 from sllm.core.ids import DeviceId, NodeName
 from sllm.core.node import NodeState
+from sllm.core.priority import Priority
 from sllm.core.residency import Tier
-from sllm.core.snapshot import DeploymentView, NodeView, ReplicaView, Snapshot
+from sllm.core.snapshot import DeploymentView, NodeView
+from sllm.core.startup import Estimate
+from sllm.scheduler.estimate import Start, estimate, in_words
+from sllm.scheduler.room import Room
 
 REFUSALS_TOLD = 4
-
-
-class WaitsOn(StrEnum):
-    NODES = "nodes"  # no usable node holds the checkpoint
-    DEVICES = "devices"  # those that hold it have no free devices
-    MEMORY = "memory"  # their devices are too small, free or not
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A node that was looked at, and why it was not taken; empty for the one that was."""
-
-    node: NodeName
-    refused: str
-    waits_on: WaitsOn | None = None
+# What differs by less than estimates are wrong by is no difference: replicas spread over nodes that are alike.
+NEAR = 0.05
+NEAR_S = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +32,7 @@ class Placement:
     node: NodeName
     devices: tuple[DeviceId, ...]
     tier: Tier
+    estimate: Estimate
     candidates: tuple[Candidate, ...]
 
 
@@ -51,82 +45,98 @@ class Waiting:
     candidates: tuple[Candidate, ...]
 
 
-class Room:
-    """Free devices and replica counts per node, as they would be after what was planned so far."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Option:
+    """A node where a replica can be started now. `avoided`: the last start there failed."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._nodes = snapshot.nodes
-        self._taken: dict[NodeName, frozenset[DeviceId]] = {}
-        self._counts: dict[NodeName, int] = {}
-        self._holders: dict[str, list[NodeView]] | None = None
-        self._freed: frozenset[tuple[NodeName, DeviceId]] = frozenset()
-        for replica in snapshot.replicas.values():
-            self.take(replica.node, replica.spec.devices)
+    node: NodeView
+    devices: tuple[Device, ...]
+    estimate: Estimate
+    count: int
+    avoided: bool
 
-    def take(self, node: NodeName, devices: Iterable[DeviceId]) -> None:
-        self._taken[node] = self._taken.get(node, frozenset()) | frozenset(devices)
-        self._counts[node] = self._counts.get(node, 0) + 1
-
-    def without(self, replicas: Iterable[ReplicaView]) -> Room:
-        """The room there would be if these replicas had gone."""
-        other = object.__new__(Room)
-        other._nodes, other._holders = self._nodes, self._holders
-        other._taken, other._counts = dict(self._taken), dict(self._counts)
-        other._freed = self._freed
-        for replica in replicas:
-            other._taken[replica.node] -= frozenset(replica.spec.devices)
-            other._counts[replica.node] -= 1
-            other._freed |= {(replica.node, device) for device in replica.spec.devices}
-        return other
-
-    def holders(self, digest: str) -> list[NodeView]:
-        """Nodes with a copy at rest."""
-        if self._holders is None:
-            self._holders = {}
-            for view in self._nodes.values():
-                for held in {r.digest for r in view.report.residencies}:
-                    self._holders.setdefault(held, []).append(view)
-        return [view for view in self._holders.get(digest, []) if view.tier_of(digest) is not None]
-
-    def free(self, view: NodeView) -> list[Device]:
-        node = view.report.name
-        taken = self._taken.get(node, frozenset())
-        closed = taken | view.cordon.devices
-        return [d for d in view.report.devices if d.id not in closed and self._is_free(node, d)]
-
-    def count(self, node: NodeName) -> int:
-        return self._counts.get(node, 0)
-
-    def _is_free(self, node: NodeName, device: Device) -> bool:
-        return device.state is DeviceState.FREE or (
-            device.state is not DeviceState.LOST and (node, device.id) in self._freed
-        )
+    @property
+    def name(self) -> NodeName:
+        return self.node.report.name
 
 
-def place(room: Room, view: DeploymentView, *, only: NodeName | None = None) -> Placement | Waiting:
+def place(
+    room: Room, view: DeploymentView, *, only: NodeName | None = None, priority: Priority = Priority.REQUEST
+) -> Placement | Waiting:
     """Say where a replica of the deployment would be started, within the room left by what is planned already.
 
-    `only`: the one node that is asked about.
+    `only`: the one node that is asked about; `priority`: that of its load.
     """
-    revision = view.current
-    avoided = view.failures.nodes if view.failures else frozenset[NodeName]()
-    holders = [node for node in room.holders(revision.deployment.digest) if only in (None, node.report.name)]
+    digest = view.current.deployment.digest
+    holders = [node for node in room.holders(digest) if only in (None, node.report.name)]
     refused = {node.report.name: why for node in holders if (why := _refusal(room, node, view))}
-    fit = [node for node in holders if node.report.name not in refused]
+    fit = [_option(room, node, view, priority) for node in holders if node.report.name not in refused]
     if not fit:
         return _waiting(view, _candidates(refused.values()))
-    fit.sort(key=lambda node: _rank(room, node, revision.deployment.digest, avoided))
-    best = fit[0]
-    preferred = f"{best.report.name} is preferred"
-    others = [Candidate(node=other.report.name, refused=preferred) for other in fit[1:]]
-    taken = Candidate(node=best.report.name, refused="")
-    devices = _usable(room, best, view)[: revision.deployment.spec.devices]
+    best = _best(fit, digest)
     return Placement(
-        node=best.report.name,
-        devices=tuple(device.id for device in devices),
-        tier=best.tier_of(revision.deployment.digest) or Tier.SSD,
-        candidates=_candidates([taken, *others, *refused.values()]),
+        node=best.name,
+        devices=tuple(device.id for device in best.devices),
+        tier=best.node.tier_of(digest) or Tier.SSD,
+        estimate=best.estimate,
+        candidates=_candidates([*(_candidate(option, best) for option in fit), *refused.values()]),
     )
+
+
+def _option(room: Room, node: NodeView, view: DeploymentView, priority: Priority) -> _Option:
+    name, digest = node.report.name, view.current.deployment.digest
+    devices = tuple(_usable(room, node, view)[: view.current.deployment.spec.devices])
+    turn = room.queues.turn(node, digest, priority)
+    start = Start(
+        node=name,
+        warm=node.report.warm,
+        kind=devices[0].kind,
+        digest=digest,
+        tier=Tier.SSD if turn.size_bytes else Tier.DRAM,
+        size_bytes=turn.size_bytes,
+        ahead_bytes=turn.ahead_bytes,
+    )
+    return _Option(
+        node=node,
+        devices=devices,
+        estimate=estimate(room.learnt, start),
+        count=room.count(name),
+        avoided=view.failures is not None and name in view.failures.nodes,
+    )
+
+
+def _best(options: Sequence[_Option], digest: str) -> _Option:
+    pool = [option for option in options if not option.avoided] or options
+    if any(option.estimate.guessed for option in pool):
+        return min(pool, key=lambda option: _rule(option, digest))
+    limit = _near(min(option.estimate.total_s for option in pool))
+    near = [option for option in pool if option.estimate.total_s <= limit]
+    return min(near, key=lambda option: (option.count, option.name))
+
+
+def _rule(option: _Option, digest: str) -> tuple[bool, int, int, str]:
+    return (not option.node.report.warm, -(option.node.tier_of(digest) or Tier.SSD), option.count, option.name)
+
+
+def _near(seconds: float) -> float:
+    return seconds * (1 + NEAR) + NEAR_S
+
+
+def _candidate(option: _Option, best: _Option) -> Candidate:
+    refused = "" if option is best else _why_not(option, best)
+    return Candidate(node=option.name, refused=refused, estimate=option.estimate)
+
+
+def _why_not(option: _Option, best: _Option) -> str:
+    if option.avoided and not best.avoided:
+        return "the last start there failed"
+    if option.estimate.guessed or best.estimate.guessed:
+        return f"{best.name} is preferred"
+    words = in_words(option.estimate)
+    if option.estimate.total_s > _near(best.estimate.total_s):
+        return words
+    advantage = "has fewer replicas" if option.count > best.count else "comes first by name"
+    return f"{words}; {best.name} is as fast, and {advantage}"
 
 
 def refusals(candidates: Sequence[Candidate]) -> str:
@@ -165,12 +175,6 @@ def _refusal(room: Room, node: NodeView, view: DeploymentView) -> Candidate | No
     closed = f", {len(node.cordon.devices)} cordoned" if node.cordon.devices else ""
     text = f"{usable} of {wanted} devices are free{too_small}{closed}"
     return Candidate(node=name, refused=text, waits_on=WaitsOn.DEVICES)
-
-
-def _rank(room: Room, node: NodeView, digest: str, avoided: frozenset[NodeName]) -> tuple[bool, bool, int, int, str]:
-    name = node.report.name
-    # Waiting for a warm process costs more than any difference between tiers.
-    return (name in avoided, not node.report.warm, -(node.tier_of(digest) or Tier.SSD), room.count(name), name)
 
 
 def _waiting(view: DeploymentView, candidates: tuple[Candidate, ...]) -> Waiting:

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sllm.core.decision import Candidate
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.priority import Priority
+from sllm.core.startup import Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReplica:
-    """Start a replica of the deployment's current revision. Its id and generation are drawn when it is carried out."""
+    """Start a replica of the deployment's current revision. Its id and generation are drawn when it is carried out.
+
+    `candidates` are the nodes that were looked at; `estimate` is what it is expected to take on the one that was taken.
+    """
 
     deployment: DeploymentName
     node: NodeName
     devices: tuple[DeviceId, ...]
     priority: Priority
     why: str
+    estimate: Estimate | None = None
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import Scale, scale
-from sllm.scheduler.placement import Placement, Room, Waiting, place, refusals
+from sllm.scheduler.estimate import in_words
+from sllm.scheduler.placement import Placement, Waiting, place, refusals
 from sllm.scheduler.plan import (
     Action,
     DrainReplica,
@@ -20,6 +21,7 @@ from sllm.scheduler.plan import (
     StartReplica,
     StopReplica,
 )
+from sllm.scheduler.room import Room
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
@@ -100,11 +102,12 @@ class _Planner:
         missing = min(wanted.needed - len(current), self._allowed_starts(view, current, wanted))
         awaited = self._awaited_starts(view) - sum(r.starting for r in current)
         for number in range(missing):
-            placement = place(self._room, view)
+            priority = Priority.REQUEST if number < awaited else Priority.PREWARM
+            placement = place(self._room, view, priority=priority)
             if isinstance(placement, Waiting):
                 self._reasons[view.name] = Reason(text=placement.text, detail=refusals(placement.candidates))
                 return self._make_room(view, outdated)
-            self._start(view, placement, Priority.REQUEST if number < awaited else Priority.PREWARM)
+            self._start(view, placement, priority)
         return []
 
     def _awaited_starts(self, view: DeploymentView) -> int:
@@ -145,13 +148,19 @@ class _Planner:
         return 1 - sum(r.starting for r in current)
 
     def _start(self, view: DeploymentView, placement: Placement, priority: Priority) -> None:
-        self._room.take(placement.node, placement.devices)
-        why = f"holds the checkpoint in {placement.tier.name}, {len(placement.devices)} devices free"
+        self._room.start(placement.node, placement.devices, view.current.deployment.digest, priority)
+        why = f"{in_words(placement.estimate)}; the checkpoint is in {placement.tier.name}"
         if others := refusals(placement.candidates):
             why += f" ({others})"
         self._actions.append(
             StartReplica(
-                deployment=view.name, node=placement.node, devices=placement.devices, priority=priority, why=why
+                deployment=view.name,
+                node=placement.node,
+                devices=placement.devices,
+                priority=priority,
+                why=why,
+                estimate=placement.estimate,
+                candidates=placement.candidates,
             )
         )
 

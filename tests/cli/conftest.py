@@ -13,15 +13,26 @@ import pytest
 
 from sllm.cli.main import main
 from sllm.core.checkpoint import Checkpoint
+from sllm.core.decision import (
+    Candidate,
+    Decision,
+    DeploymentPlan,
+    Explanation,
+    PlannedStart,
+    PlannedStop,
+    WaitsOn,
+)
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
 from sllm.core.migration import MigrationPlan, PlannedMove
 from sllm.core.node import LoadReport, Node, NodeReport, NodeState
 from sllm.core.operation import Operation, OperationState
+from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
+from sllm.core.startup import Basis, Estimate, Part
 from sllm.rpc import control, transport
 
 NOON = 1_735_732_800.0  # 2025-01-01T12:00:00Z
@@ -164,6 +175,74 @@ PLAN = MigrationPlan(
 )
 
 
+def _part(seconds: float, basis: Basis = Basis.MEASURED, observations: int = 5) -> Part:
+    return Part(seconds=seconds, basis=basis, observations=observations)
+
+
+def estimate(loading_s: float, *, building: Part | None = None) -> Estimate:
+    return Estimate(
+        queued=_part(0.0625),
+        warming=_part(0.0, Basis.REPORTED, 0),
+        forking=_part(0.25),
+        loading=_part(loading_s),
+        building=building or _part(0.5),
+        tier=Tier.SSD,
+        size_bytes=14_000_000,
+    )
+
+
+DECISION = Decision(
+    replica=REPLICA.spec.id,
+    deployment=DEPLOYMENT.spec.name,
+    revision=3,
+    node=NODE.report.name,
+    devices=(DeviceId("cpu-0"),),
+    priority=Priority.REQUEST,
+    decided_at=NOON,
+    why="1.8 s, of which 1.0 s loading from SSD",
+    estimate=estimate(1.0),
+    candidates=(
+        Candidate(node=NODE.report.name, refused="", estimate=estimate(1.0)),
+        Candidate(node=NodeName("node-2"), refused="2.8 s, of which 2.0 s loading from SSD", estimate=estimate(2.0)),
+        Candidate(node=NodeName("node-3"), refused="0 of 1 devices are free", waits_on=WaitsOn.DEVICES),
+    ),
+    omitted=7,
+    state=ReplicaState.READY,
+    phases_s={"queued": 0.125, "forking": 0.375, "loading": 1.5, "building": 0.5},
+    ready_at=NOON + 2.5,
+)
+EXPLANATION = Explanation(
+    deployment=DEPLOYMENT.spec.name,
+    waits_for="waiting for a free device",
+    candidates=(
+        Candidate(node=NodeName("node-2"), refused="", estimate=estimate(2.0, building=_part(2.0, Basis.GUESSED, 0))),
+    ),
+    decisions=(DECISION,),
+)
+
+
+DEPLOYMENT_PLAN = DeploymentPlan(
+    deployment=DEPLOYMENT.spec.name,
+    revision=4,
+    starts=(
+        PlannedStart(
+            node=NODE.report.name, devices=(DeviceId("cpu-0"),), why="1.8 s, all of it", estimate=estimate(1.0)
+        ),
+    ),
+    stops=(
+        PlannedStop(
+            replica=REPLICA.spec.id,
+            deployment=DEPLOYMENT.spec.name,
+            node=NODE.report.name,
+            why="once revision 4 serves",
+        ),
+    ),
+    waits_for="waiting for a free device",
+    ready_s=1.8125,
+    candidates=EXPLANATION.candidates,
+)
+
+
 @dataclass
 class FakeControl:
     """`asked` records what arrived. Operations run through `changes`, then end; `endless` ones never do."""
@@ -176,6 +255,8 @@ class FakeControl:
     checkpoints: control.CheckpointList = CHECKPOINTS
     requests: control.RequestList = REQUESTS
     plan: MigrationPlan = PLAN
+    explanation: Explanation = EXPLANATION
+    deployment_plan: DeploymentPlan = DEPLOYMENT_PLAN
     log: tuple[str, ...] = ("first line\n", "second line\n")
     watched: threading.Event = field(default_factory=threading.Event)
     address: str = ""
@@ -203,6 +284,14 @@ class FakeControl:
 
     async def deploy(self, request: control.DeployRequest) -> Operation:
         return self._begin("deploy", request.spec.name, request)
+
+    async def plan_deploy(self, request: control.DeployRequest) -> DeploymentPlan:
+        self._check(request)
+        return self.deployment_plan
+
+    async def plan_scale(self, request: control.ScaleRequest) -> DeploymentPlan:
+        self._check(request)
+        return self.deployment_plan
 
     async def delete(self, request: control.DeleteRequest) -> Operation:
         return self._begin("delete", request.name, request)
@@ -249,6 +338,10 @@ class FakeControl:
     async def list_requests(self, request: control.Empty) -> control.RequestList:
         self._check(request)
         return self.requests
+
+    async def explain(self, request: control.ExplainRequest) -> Explanation:
+        self._check(request)
+        return self.explanation
 
     async def read_logs(self, request: control.ReadLogsRequest) -> AsyncIterator[control.LogChunk]:
         self._check(request)

@@ -45,7 +45,7 @@ def test_the_top_tier_is_called_gpu_where_there_are_gpus(ask, controller):
 
 def test_status_as_json_has_deployments_replicas_and_nodes(ask):
     data = ask("status", "-o", "json").json
-    assert list(data) == ["version", "deployments", "replicas", "nodes"]
+    assert list(data) == ["version", "deployments", "replicas", "nodes", "estimator"]
     deployment = data["deployments"][0]
     assert deployment["name"] == "org/demo"
     assert deployment["state"] == "starting"
@@ -77,6 +77,7 @@ def test_nodes_as_json_follow_the_contract(ask):
     assert node["loads"] == [
         {"number": 1, "digest": "sha256:5f3c", "size_bytes": 14, "tier": "ssd", "queue_s": 0.5, "read_s": 1.5}
     ]
+    assert node["probe"] is None
 
 
 def test_nodes_as_a_table_and_by_name(ask):

@@ -22,7 +22,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import DeploymentSpec
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState, Round
-from sllm.core.node import NodeReport
+from sllm.core.node import LoadReport, NodeReport
 from sllm.core.operation import Operation
 from sllm.core.replica import ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.request import RequestRow, RequestState
@@ -76,7 +76,8 @@ class FakeAgent:
 
     `held`: starts go no further than a test says (`finish`); `refusal`: what the next start is answered with;
     `breaks`: (error, reason) that starts end with; `damage`: what a verification finds; `silent`: no heartbeat is
-    sent; `sources`: what can be added; `migrates`: told of each order, it says what becomes of each request.
+    sent; `sources`: what can be added; `migrates`: told of each order, it says what becomes of each request;
+    `phases_s`: what the phases of starts that end well take; `loads`, `in_memory`, `warm`: what it reports.
     """
 
     def __init__(self, name: str, *, devices: int = 1, checkpoints: tuple[str, ...] = ("m",), port: int = 0) -> None:
@@ -99,6 +100,10 @@ class FakeAgent:
         self.verify_goes_on = asyncio.Event()
         self.verify_goes_on.set()
         self.damage: SllmError | None = None
+        self.phases_s: dict[str, float] = {}
+        self.loads: tuple[LoadReport, ...] = ()
+        self.in_memory: set[str] = set()
+        self.warm = True
         self.migrates: Callable[[MigrationOrder], AsyncIterator[MigrationReport]] = stalled
         self._server: Any = None
         self._client: NodeClient | None = None
@@ -137,7 +142,7 @@ class FakeAgent:
             address=self.address,
             version="0",
             engine="fake",
-            warm=True,
+            warm=self.warm,
             devices=tuple(
                 Device(
                     id=d,
@@ -150,12 +155,14 @@ class FakeAgent:
             tiers=(TierUsage(tier=Tier.SSD, capacity_bytes=self.free_bytes, used_bytes=0),),
             residencies=tuple(
                 Residency(
-                    checkpoint=c.name, digest=c.digest, tier=Tier.SSD, state=ResidencyState.READY, size_bytes=1000
+                    checkpoint=c.name, digest=c.digest, tier=tier, state=ResidencyState.READY, size_bytes=c.size_bytes
                 )
                 for c in self.checkpoints.values()
+                for tier in ((Tier.SSD, Tier.DRAM) if c.name in self.in_memory else (Tier.SSD,))
             ),
             checkpoints=tuple(self.checkpoints.values()),
             replicas=tuple(self.replicas.values()),
+            loads=self.loads,
         )
 
     async def beat(self, *, full: bool = False) -> bool:
@@ -180,6 +187,13 @@ class FakeAgent:
             self._reports.add(task)
             task.add_done_callback(self._reports.discard)
 
+    async def says(self, **facts: Any) -> None:
+        """Report these from now on; return when the controller knows."""
+        for name, value in facts.items():
+            setattr(self, name, value)
+        self.revision += 1
+        await self.beat(full=True)
+
     async def _tell(self) -> None:
         with suppress(Unavailable):  # a controller that is away is told when the agent joins again
             await self.beat(full=True)
@@ -195,7 +209,9 @@ class FakeAgent:
             error, reason = self.breaks
             self.progress(replica, state=ReplicaState.FAILED, error=error, error_reason=reason)
         else:
-            self.progress(replica, state=ReplicaState.READY, phase=StartPhase.READY, address=f"{self.name}:9")
+            phases_s = self.phases_s or self.replicas[replica].phases_s
+            ready = {"state": ReplicaState.READY, "phase": StartPhase.READY, "phases_s": phases_s}
+            self.progress(replica, **ready, address=f"{self.name}:9")
 
     def gone(self, replica: str) -> None:
         self.replicas.pop(replica, None)

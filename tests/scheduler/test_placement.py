@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from sllm.core.decision import WaitsOn
 from sllm.core.device import DeviceState
 from sllm.core.node import NodeState
 from sllm.core.residency import ResidencyState, Tier
 from sllm.core.snapshot import Failures
-from sllm.scheduler.placement import Placement, Room, Waiting, WaitsOn, place, refusals
+from sllm.scheduler.placement import Placement, Waiting, place, refusals
+from sllm.scheduler.room import Room
 
 DRAM, SSD = ("m", Tier.DRAM), ("m", Tier.SSD)
 

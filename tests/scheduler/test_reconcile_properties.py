@@ -8,12 +8,13 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sllm.core.device import DeviceState
+from sllm.core.device import DeviceKind, DeviceState
 from sllm.core.node import Cordon, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.residency import Tier
 from sllm.core.snapshot import Command, Failures, Intent
+from sllm.core.startup import Learnt, Level, StartTimes
 from sllm.scheduler.plan import DrainReplica, RaisePriority, RemoveDeployment, StartReplica, StopReplica
 from sllm.scheduler.reconcile import reconcile
 
@@ -58,6 +59,22 @@ def snapshots(draw, make):
         settled=draw(st.booleans()),
         loads_fresh=draw(st.booleans()),
         pinned=frozenset(r.spec.id for r in replicas if draw(st.integers(0, 4)) == 0),
+        learnt=draw(learnt()),
+    )
+
+
+@st.composite
+def learnt(draw):
+    """Of some nodes and checkpoints something is known, of others nothing."""
+    levels = st.builds(Level, value=st.floats(0, 100), observations=st.integers(0, 9))
+    times = {name: st.none() | levels for name in ("grant", "fork", "whole", "rest")}
+    starts = st.builds(StartTimes, **times)
+    return Learnt(
+        reading=draw(st.dictionaries(st.sampled_from([(n, Tier.SSD) for n in NODES]), levels)),
+        reading_anywhere=draw(st.dictionaries(st.just(Tier.SSD), levels)),
+        starts=draw(st.dictionaries(st.just(("m", DeviceKind.CPU)), starts)),
+        starts_of_kind=draw(st.dictionaries(st.just(DeviceKind.CPU), starts)),
+        warming_anywhere=draw(st.none() | levels),
     )
 
 
