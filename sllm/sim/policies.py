@@ -116,7 +116,7 @@ def _roomiest(sites: Sequence[Site]) -> Choice | None:
     """Among equals: free devices, else such that are coming, else idle replicas that make room."""
     opened = [site for site in sites if site.open]
     if opened:
-        return Choice(max(opened, key=lambda site: (len(site.free), site.node)))
+        return Choice(min(opened, key=lambda site: (-len(site.free), site.node)))
     if any(site.reserved for site in sites):
         return None
     spare = next((site for site in sites if site.ending(site.idle)), None)

@@ -21,7 +21,8 @@ class Result:
     `cold_starts` are requests that waited for a start of their own; `starts` counts replicas that were started,
     `resumed` how often a request lost its replica and went on, `stopped_busy` replicas that were stopped with requests.
     `migrations` are handovers under a running request. `tier_mix` has what requests had to wait for, in shares of those
-    that got a replica. `cdf` has (share of requests, seconds within which they had a replica)."""
+    that got a replica. `cdf` has (share of requests, seconds within which they had a replica); `latencies_s` are all of
+    them, the least first."""
 
     policy: str
     seed: int
@@ -44,9 +45,13 @@ class Result:
     events: int
     plans: int
     cdf: tuple[tuple[float, float], ...]
+    latencies_s: tuple[float, ...]
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the single latencies, for JSON."""
+        values = asdict(self)
+        del values["latencies_s"]
+        return values
 
 
 def result_of(simulation: Simulation, *, policy: str, seed: int) -> Result:
@@ -79,6 +84,7 @@ def result_of(simulation: Simulation, *, policy: str, seed: int) -> Result:
         events=simulation.events.count,
         plans=simulation.controller.passes,
         cdf=tuple((n / _CDF_POINTS, percentile(latencies, n / _CDF_POINTS)) for n in range(1, _CDF_POINTS + 1)),
+        latencies_s=tuple(latencies),
     )
 
 

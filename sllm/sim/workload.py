@@ -28,22 +28,22 @@ class Row:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
     """Requests with independent gaps, Gamma distributed with mean 1 / `rate_rps` and coefficient of variation `cv`;
-    with a `cv` of 1 it is a Poisson process."""
+    with a `cv` of 1 they are a Poisson process."""
 
     requests: int
     rate_rps: float
+    lengths: Lengths
     cv: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """`arrivals` are drawn, or recorded (then `lengths` is not used). Which of `models` is popular is drawn: their
-    weights are 1 / rank^`exponent` (Zipf); 0: all alike."""
+    """`arrivals` are drawn, or recorded. Which of `models` is popular is drawn: their weights are 1 / rank^`exponent`
+    (Zipf); 0: all alike. `pace_cv` is the noise of the requests' service."""
 
     arrivals: Renewal | Sequence[Row]
     models: Sequence[DeploymentName]
     exponent: float
-    lengths: Lengths
     pace_cv: float = 0.0
 
 
@@ -77,7 +77,7 @@ def _rows(workload: Workload, seed: int) -> Iterator[Row]:
     at = 0.0
     for _ in range(arrivals.requests):
         at += gaps.gammavariate(shape, 1.0 / (arrivals.rate_rps * shape))
-        prompt_tokens, output_tokens = workload.lengths(lengths)
+        prompt_tokens, output_tokens = arrivals.lengths(lengths)
         yield Row(at, prompt_tokens, output_tokens)
 
 

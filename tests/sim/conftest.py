@@ -9,6 +9,7 @@ import pytest
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import DeploymentSpec
+from sllm.core.replica import ReplicaSpec
 from sllm.sim.policies import ours
 from sllm.sim.simulation import Simulation
 from sllm.sim.spec import Arrival, Cluster, ModelSpec, NodeSpec, Timing
@@ -40,6 +41,20 @@ def model(
     return ModelSpec(deployment=wish, checkpoint=checkpoint, nodes=tuple(on), timing=timing or Timing(token_s=1.0))
 
 
+def spec(name: str, *, capacity: int = 4) -> ReplicaSpec:
+    return ReplicaSpec(
+        id=name,
+        deployment="app",
+        revision=1,
+        generation=1,
+        checkpoint="app",
+        digest="digest-app",
+        devices=("cuda-0",),
+        capacity=capacity,
+        max_model_len=2048,
+    )
+
+
 def arrivals(*rows: Any) -> list[Arrival]:
     """Rows of (time, model, seconds of service)."""
     return [
@@ -57,4 +72,4 @@ def run(nodes: Any, models: Any, requests: Any, decide: Any = ours, *, seed: int
 
 @pytest.fixture(scope="session")
 def world() -> SimpleNamespace:
-    return SimpleNamespace(node=node, model=model, arrivals=arrivals, run=run)
+    return SimpleNamespace(node=node, model=model, spec=spec, arrivals=arrivals, run=run)

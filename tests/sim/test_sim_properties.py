@@ -18,7 +18,7 @@ from sllm.sim.simulation import Simulation
 from sllm.sim.spec import Cluster, Failure, Timing
 
 NODES, MODELS = "abc", "mnop"
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_run(world, policy, data):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_plans_that_are_left_out_would_have_changed_nothing(world, data):
     """A pass after every event, with all deployments, comes to the same: what is left out to be quick is not missed."""
     cluster, asked = data.draw(clusters(world, failing=True)), data.draw(requests(world))
