@@ -145,10 +145,9 @@ class Node:
         if copy is not None and copy.ready:
             replica.tier = Tier.DRAM
             self._pin(replica, copy)
-            replica.enter(StartPhase.LOADING, now)
             size_bytes = copy.size_bytes / len(replica.spec.devices)
-            seconds = size_bytes / self.spec.dram_bandwidth_bps * factor(self._rng, self._load_cv)
-            self._events.at(now + seconds, self._on_devices, replica)
+            replica.copy_s = size_bytes / self.spec.dram_bandwidth_bps * factor(self._rng, self._load_cv)
+            self._granted(replica)
             return
         if load is None:
             load = self._new_load(replica)
@@ -156,7 +155,7 @@ class Node:
         replica.load = load
         load.starts += 1
         if load.begun:
-            replica.enter(StartPhase.LOADING, now)
+            self._granted(replica)
             self._queue.raise_to(load, replica.priority)
         elif load.starts == 1:
             self._queue.put(load)
@@ -180,7 +179,7 @@ class Node:
 
     def _begun(self, load: Load) -> None:
         for replica in self._waiting_for(load):
-            replica.enter(StartPhase.LOADING, self._events.now)
+            self._granted(replica)
         self._outside.changed(self)
 
     def _loaded(self, load: Load) -> None:
@@ -200,18 +199,35 @@ class Node:
         )
         for replica in self._waiting_for(load):
             replica.load = None
-            self._on_devices(replica)
+            if replica.phase is StartPhase.LOADING:
+                self._build(replica)
         self._outside.changed(self)
 
-    def _on_devices(self, replica: Replica) -> None:
-        if replica.state is not ReplicaState.STARTING or replica.spec.id not in self.replicas:
+    def _granted(self, replica: Replica) -> None:
+        """Its bytes are there, or on their way: an engine host is forked meanwhile."""
+        replica.enter(StartPhase.FORKING, self._events.now)
+        self._events.at(self._events.now + replica.model.timing.fork_s, self._forked, replica)
+
+    def _forked(self, replica: Replica) -> None:
+        if not self._starts(replica):
             return
-        replica.enter(StartPhase.BUILDING, self._events.now)
-        self._events.at(self._events.now + replica.model.timing.start_s, self._ready, replica)
+        if replica.load is None:
+            self._build(replica)
+        else:
+            replica.enter(StartPhase.LOADING, self._events.now)
         self._outside.changed(self)
+
+    def _build(self, replica: Replica) -> None:
+        replica.enter(StartPhase.BUILDING, self._events.now)
+        seconds = replica.copy_s + replica.model.timing.build_s
+        self._events.at(self._events.now + seconds, self._ready, replica)
+
+    def _starts(self, replica: Replica) -> bool:
+        """True unless it was ended meanwhile, or its node was lost."""
+        return replica.state is ReplicaState.STARTING and replica.spec.id in self.replicas
 
     def _ready(self, replica: Replica) -> None:
-        if replica.state is not ReplicaState.STARTING or replica.spec.id not in self.replicas:
+        if not self._starts(replica):
             return
         replica.enter(StartPhase.READY, self._events.now)
         replica.state, replica.ready_at = ReplicaState.READY, self._events.now

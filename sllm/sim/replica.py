@@ -16,8 +16,8 @@ from sllm.sim.spec import ModelSpec
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """`tier` is from where it is started. `running` are its requests, by number. `silent`: its node is gone, and nobody
-    knows yet."""
+    """`tier` is from where it is started; `copy_s` is what its bytes take from memory to its devices, if they are not
+    read from SSD. `running` are its requests, by number. `silent`: its node is gone, and nobody knows yet."""
 
     spec: ReplicaSpec
     model: ModelSpec
@@ -29,6 +29,7 @@ class Replica:
     phase_since: float = 0.0
     phases_s: dict[str, float] = field(default_factory=dict)
     tier: Tier = Tier.SSD
+    copy_s: float = 0.0
     ready_at: float = 0.0
     load: Load | None = None
     copy: Copy | None = None
@@ -36,9 +37,12 @@ class Replica:
     silent: bool = False
 
     def enter(self, phase: StartPhase, now: float) -> None:
-        """Begin a phase of the start; phases that took no time are left out."""
-        if now > self.phase_since:
-            self.phases_s[self.phase.value] = now - self.phase_since
+        """Begin a phase of the start; what comes before it is over."""
+        self.phases_s[self.phase.value] = now - self.phase_since
+        for skipped in StartPhase:
+            if skipped is phase:
+                break
+            self.phases_s.setdefault(skipped.value, 0.0)
         self.phase, self.phase_since = phase, now
 
     def status(self) -> ReplicaStatus:

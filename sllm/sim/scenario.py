@@ -54,7 +54,8 @@ class ModelConfig(Section):
     max_replicas: int = Field(default=4, ge=1)
     target_concurrency: int = Field(default=8, ge=1)
     keep_alive_s: float = Field(default=60.0, ge=0)
-    start_s: float = Field(ge=0, description="of a start, besides its bytes")
+    fork_s: float = Field(default=0.0, ge=0, description="of a start, while its bytes come")
+    build_s: float = Field(ge=0, description="of a start, when all of its bytes have come")
     prefill_token_s: float = Field(ge=0)
     token_s: float = Field(gt=0, description="per output token")
     recompute_token_s: float = Field(default=0.0, ge=0, description="per token of a request that lost its replica")
@@ -261,7 +262,8 @@ def _models(group: ModelConfig, nodes: tuple[NodeSpec, ...], place: str) -> Iter
             ),
             nodes=tuple(nodes[(number + turn) % len(nodes)].name for turn in range(copies)),
             timing=Timing(
-                start_s=group.start_s,
+                fork_s=group.fork_s,
+                build_s=group.build_s,
                 prefill_token_s=group.prefill_token_s,
                 token_s=group.token_s,
                 recompute_token_s=group.recompute_token_s,

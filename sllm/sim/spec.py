@@ -28,11 +28,13 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What work takes at the engine. A start takes `start_s` besides its bytes; a request `prefill_token_s` for each
-    token of its prompt and `token_s` for each of its output, however many run beside it; one that has lost its replica
-    `recompute_token_s` for each token that it had and `recompute_s` before it goes on (paper §5.2)."""
+    """What work takes at the engine. A start takes `fork_s`, in which its bytes come already, and `build_s` when all of
+    them are there; a request `prefill_token_s` for each token of its prompt and `token_s` for each of its output,
+    however many run beside it; one that has lost its replica `recompute_token_s` for each token that it had and
+    `recompute_s` before it goes on (paper §5.2)."""
 
-    start_s: float = 0.0
+    fork_s: float = 0.0
+    build_s: float = 0.0
     prefill_token_s: float = 0.0
     token_s: float = 0.0
     recompute_token_s: float = 0.0

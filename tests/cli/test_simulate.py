@@ -27,7 +27,7 @@ count = 6
 size_bytes = 10_000_000_000
 target_concurrency = 1
 keep_alive_s = 2
-start_s = 0.1
+build_s = 0.1
 prefill_token_s = 0.0001
 token_s = 0.02
 

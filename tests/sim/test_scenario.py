@@ -28,7 +28,8 @@ name = "m"
 count = 4
 size_bytes = 1000
 copies = 2
-start_s = 1
+fork_s = 1
+build_s = 2
 prefill_token_s = 0.001
 token_s = 0.01
 """
@@ -55,7 +56,7 @@ def test_groups_become_nodes_and_models_with_copies_in_turns(tmp_path):
         ("n-1", "n-2"),
     ]
     assert cluster.models[3].deployment.name == "m-4"
-    assert cluster.models[3].timing.start_s == 1
+    assert (cluster.models[3].timing.fork_s, cluster.models[3].timing.build_s) == (1, 2)
     assert cluster.failures == (Failure(node="n-2", at=5, for_s=1),)
 
 

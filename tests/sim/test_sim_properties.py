@@ -37,7 +37,9 @@ def clusters(draw, world, *, failing):
             name,
             on=draw(st.sampled_from(["abc", "ab", "c", "a"])),
             size_bytes=draw(st.integers(1, 20)) * 10**9,
-            timing=Timing(start_s=0.3, token_s=0.5, prefill_token_s=0.001, recompute_token_s=0.002, recompute_s=0.1),
+            timing=Timing(
+                fork_s=0.2, build_s=0.3, token_s=0.5, prefill_token_s=0.001, recompute_token_s=0.002, recompute_s=0.1
+            ),
             min_replicas=draw(st.sampled_from([0, 0, 0, 1])) if failing else 0,
             max_replicas=draw(st.integers(1, 3)),
             target_concurrency=draw(st.integers(1, 2)),

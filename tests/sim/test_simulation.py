@@ -21,11 +21,25 @@ def kinds(simulation):
 
 
 def test_a_cold_request_waits_for_the_bytes_and_the_start(world):
-    model = world.model(timing=Timing(start_s=0.5, token_s=1.0))
+    model = world.model(timing=Timing(fork_s=0.3, build_s=0.5, token_s=1.0))
     simulation = world.run([world.node()], [model], world.arrivals((0, "m", 5)))
     assert waits(simulation) == [10.5]
     assert kinds(simulation) == [Served.SSD]
     assert simulation.events.now == 15.5
+
+
+@pytest.mark.parametrize(("tier", "again_s"), [("SSD", 10.5), ("DRAM", 0.3 + 1 + 0.5)])
+def test_the_phases_of_a_start_are_reported_and_add_up(world, tier, again_s):
+    timing = Timing(fork_s=0.3, build_s=0.5, token_s=1.0)
+    dram_bytes = 0 if tier == "SSD" else 20 * 10**9
+    asked = world.arrivals((0, "m", 1), (100, "m", 1))
+    simulation = world.run([world.node(dram_bytes=dram_bytes)], [world.model(timing=timing, keep_alive_s=1.0)], asked)
+    (status,) = simulation.nodes["a"].report().replicas
+    phases_s = {"SSD": [0, 0.3, 9.7, 0.5], "DRAM": [0, 0.3, 0, 1.5]}[tier]
+    assert list(status.phases_s.values()) == pytest.approx(phases_s)
+    assert list(status.phases_s) == ["queued", "forking", "loading", "building"]
+    assert waits(simulation)[1] == pytest.approx(again_s)
+    assert status.ready_at - status.started_at == pytest.approx(again_s)
 
 
 def test_a_second_request_finds_the_replica_warm_and_after_the_keep_alive_the_checkpoint_in_memory(world):
