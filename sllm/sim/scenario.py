@@ -187,9 +187,14 @@ def read_scenario(path: Path, *, trace: Path | None = None) -> Scenario:
     if trace is not None:
         config = config.model_copy(update={"arrivals": _replayed(config.arrivals, trace.absolute())})
     try:
-        return Scenario(cluster=_cluster(config), workload=_workload(config, path.parent))
+        return scenario_of(config, path.parent)
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def scenario_of(config: ScenarioConfig, folder: Path) -> Scenario:
+    """What a configuration means. Files that it names are in `folder`. Raises InvalidConfiguration with the key."""
+    return Scenario(cluster=_cluster(config), workload=_workload(config, folder))
 
 
 def _replayed(arrivals: PoissonConfig | GammaConfig | TraceConfig, file: Path) -> TraceConfig:
