@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
@@ -18,7 +19,12 @@ from sllm.sim.simulation import Simulation
 from sllm.sim.spec import Cluster, Failure, Timing
 
 NODES, MODELS = "abc", "mnop"
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `make sim-soak` takes many more.
+SOME = settings(
+    max_examples=int(os.environ.get("SLLM_SIM_EXAMPLES", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @st.composite
@@ -126,7 +132,7 @@ def outcome_of(simulation):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(data=st.data())
-@FEW
+@SOME
 def test_every_request_ends_once_and_nothing_is_leased_twice_though_nodes_fail(world, policy, data):
     cluster, asked = data.draw(clusters(world, failing=True)), data.draw(requests(world))
     simulation = Watched(cluster, asked, checked(POLICIES[policy]), seed=1)
@@ -142,7 +148,7 @@ def test_every_request_ends_once_and_nothing_is_leased_twice_though_nodes_fail(w
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(data=st.data())
-@FEW
+@SOME
 def test_every_request_is_served_where_there_is_capacity(world, policy, data):
     cluster, asked = data.draw(clusters(world, failing=False)), data.draw(requests(world))
     simulation = Watched(cluster, asked, POLICIES[policy], seed=1)
@@ -154,7 +160,7 @@ def test_every_request_is_served_where_there_is_capacity(world, policy, data):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(data=st.data())
-@FEW
+@SOME
 def test_the_same_seed_gives_the_same_run(world, policy, data):
     cluster, asked = data.draw(clusters(world, failing=True)), data.draw(requests(world))
     runs = [Simulation(cluster, asked, POLICIES[policy], seed=3) for _ in range(2)]
@@ -164,7 +170,7 @@ def test_the_same_seed_gives_the_same_run(world, policy, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@SOME
 def test_plans_that_are_left_out_would_have_changed_nothing(world, data):
     """A pass after every event, with all deployments, comes to the same: what is left out to be quick is not missed."""
     cluster, asked = data.draw(clusters(world, failing=True)), data.draw(requests(world))
