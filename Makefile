@@ -53,6 +53,10 @@ test-e2e: $(STAMP) ## Tests with real processes and the real vLLM: 20 minutes (J
 test-chaos: $(STAMP) ## 200 runs in which something dies in the middle of migrations (SEED=1); an hour
 	SLLM_CHAOS_SEED=$(or $(SEED),1) SLLM_CHAOS_RUNS=$(or $(RUNS),200) $(PYTEST) -s tests/e2e/test_chaos.py
 
+.PHONY: sim-soak
+sim-soak: $(STAMP) ## Thousands of simulated clusters against what must hold of each (EXAMPLES=2000); half an hour
+	SLLM_SIM_EXAMPLES=$(or $(EXAMPLES),2000) $(PYTEST) -o timeout=0 tests/sim/test_sim_properties.py
+
 .PHONY: test-gpu
 test-gpu: ## Tests on a real GPU; need torch, xxhash and pytest only (without .venv: of PYTHON)
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -c /dev/null -o 'markers=gpu: needs a GPU' --rootdir=. -ra --import-mode=importlib tests/gpu

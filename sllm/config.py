@@ -19,7 +19,9 @@ from sllm.errors import InvalidConfiguration, SllmError
 _GIB = 1 << 30
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a TOML file: unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -40,7 +42,7 @@ def _checked_node_name(value: str) -> str:
 Address = Annotated[str, AfterValidator(_checked_address)]
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """Paths of PEM files. Leaving the section out means no TLS, which is for loopback only."""
 
     ca: Path
@@ -48,7 +50,7 @@ class TlsConfig(_Section):
     key: Path
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     json_lines: bool = Field(default=False, alias="json")
 
@@ -68,7 +70,7 @@ def _needs_tls(tls: TlsConfig | None, addresses: dict[str, str]) -> None:
             raise ValueError(f"{key} = {address!r} is not on loopback, which needs a [tls] section")
 
 
-class ControllerConfig(_Section):
+class ControllerConfig(Section):
     listen: Address = "127.0.0.1:7700"
     state_dir: Path
     tls: TlsConfig | None = None
@@ -89,7 +91,7 @@ class ControllerConfig(_Section):
         return self
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     listen: Address = "127.0.0.1:8080"
     controller: Address
     name: str = "gateway"
@@ -112,7 +114,7 @@ class GatewayConfig(_Section):
         return self
 
 
-class DevicesConfig(_Section):
+class DevicesConfig(Section):
     """`kind = "auto"` takes the GPUs where there is a driver, else CPU slots. `memory_bytes` 0: divide what is free."""
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
@@ -122,7 +124,7 @@ class DevicesConfig(_Section):
     memory_bytes: int = Field(default=0, ge=0, description="memory per CPU slot")
 
 
-class StoreConfig(_Section):
+class StoreConfig(Section):
     """The checkpoint store (SSD) and the pool (DRAM). 0 means: all of the disk; a quarter of the free memory."""
 
     ssd_bytes: int = Field(default=0, ge=0)
@@ -133,13 +135,13 @@ class StoreConfig(_Section):
     read_threads: int = Field(default=4, ge=1, le=64)
 
 
-class SourcesConfig(_Section):
+class SourcesConfig(Section):
     """Folders that `sllm checkpoint add` may read from on this node."""
 
     roots: list[Path] = Field(default_factory=lambda: [Path("/")])
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     kind: Literal["vllm", "fake"] = "vllm"
     kv_cache_bytes: int = Field(default=_GIB // 4, gt=0, description="per replica, on CPU devices")
     grace_s: float = Field(
@@ -153,7 +155,7 @@ class EngineConfig(_Section):
     )
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section):
     name: Annotated[str, AfterValidator(_checked_node_name)]
     listen: Address = "127.0.0.1:7710"
     advertise: Address | None = Field(default=None, description="how others reach `listen`; None: the same")
@@ -177,7 +179,7 @@ class AgentConfig(_Section):
         return self
 
 
-Config = TypeVar("Config", bound=_Section)
+Config = TypeVar("Config", bound=Section)
 
 
 def load(path: Path, model: type[Config]) -> Config:

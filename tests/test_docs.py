@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -10,6 +11,7 @@ from sllm import errors
 from sllm.config import AgentConfig, ControllerConfig, GatewayConfig
 from sllm.core.engine_args import ENGINE_ARGS
 from sllm.migration.source import TRANSITIONS
+from sllm.sim.scenario import ScenarioConfig
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -17,15 +19,28 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 def keys_of(model: type[BaseModel]) -> set[str]:
     keys = {field.alias or name for name, field in model.model_fields.items()}
     for field in model.model_fields.values():
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys |= keys_of(kind)
+        for kind in models_in(field.annotation):
+            keys |= keys_of(kind)
     return keys
 
 
-@pytest.mark.parametrize("model", [ControllerConfig, GatewayConfig, AgentConfig])
-def test_every_configuration_key_is_documented(model: type[BaseModel]) -> None:
-    text = (DOCS / "configuration.md").read_text()
+def models_in(annotation: object) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {model for part in get_args(annotation) for model in models_in(part)}
+
+
+@pytest.mark.parametrize(
+    ("model", "document"),
+    [
+        (ControllerConfig, "configuration.md"),
+        (GatewayConfig, "configuration.md"),
+        (AgentConfig, "configuration.md"),
+        (ScenarioConfig, "simulation.md"),
+    ],
+)
+def test_every_configuration_key_is_documented(model: type[BaseModel], document: str) -> None:
+    text = (DOCS / document).read_text()
     missing = {key for key in keys_of(model) if f"`{key}`" not in text and f"[{key}]" not in text}
     assert missing == set()
 

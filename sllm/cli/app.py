@@ -95,6 +95,12 @@ COMMANDS = {
         "measured yet are marked with ~, those measured of something alike with ≈.",
     ),
     "logs": _verb("logs", "Print the last log lines of a replica or a node."),
+    "simulate": _verb(
+        "simulate",
+        "Try a cluster and a workload out on a virtual clock.",
+        "The controller's own decisions, and others to compare them with, on simulated nodes. No cluster is needed. "
+        "Ctrl-C prints what is done.",
+    ),
     "dev": _verb(
         "dev",
         "Run a local cluster in the foreground.",

@@ -1,0 +1,259 @@
+"""Controller: the production decisions, fed by simulated nodes and gateways, and carried out on them.
+
+What it knows is kept by the controller's own bookkeeping (`sllm.core.cluster`), and how many replicas are needed is
+remembered by its own rules (`sllm.scheduler.autoscale`); a pass is that of `sllm.controller.planning`, without what
+only real time and real wires need. News takes no time: reports and commands arrive at the instant they are sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from random import Random
+from typing import assert_never
+
+from sllm.core.cluster import Changes, ClusterState
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.replica import ReplicaSpec
+from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
+from sllm.errors import SllmError
+from sllm.scheduler import autoscale, retry
+from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.sim.events import EventQueue
+from sllm.sim.gateway import Gateway
+from sllm.sim.node import Node
+from sllm.sim.spec import Cluster, ModelSpec
+
+Decide = Callable[[Snapshot, float, Random], Plan]
+"""A policy: what to do now. It may draw from the given randomness, and from nothing else."""
+
+_NOTHING = Changes()
+_MOST_PASSES = 100  # at one instant: a policy that wants more never comes to rest
+
+
+class Controller:
+    """`thorough`: pass after every event, with all that is known; else only where something changed that a plan can
+    depend on, with what it can depend on, which is quicker and comes to the same (`tests/sim`)."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        nodes: Mapping[NodeName, Node],
+        gateway: Gateway,
+        events: EventQueue,
+        decide: Decide,
+        *,
+        rng: Random,
+        thorough: bool = False,
+    ) -> None:
+        self.passes = 0
+        self.starts = 0
+        self.stopped_busy = 0
+        self._models: dict[DeploymentName, ModelSpec] = {model.deployment.name: model for model in cluster.models}
+        self._nodes = nodes
+        self._gateway = gateway
+        self._events = events
+        self._decide = decide
+        self._rng = rng
+        self._thorough = thorough
+        self._state = ClusterState(cluster.policy)
+        for model in cluster.models:
+            self._state.deployments[model.deployment.name] = model.view()
+        self._dirty: dict[NodeName, Node] = dict(nodes)
+        self._touched: dict[DeploymentName, None] = dict.fromkeys(self._models)
+        self._needed: set[DeploymentName] = set()
+        self._due = True
+        self._wakes: set[float] = set()
+        self._passed_at = 0.0
+        self._passes_now = 0
+        # To count with; plans are made from copies, which nothing can change under them.
+        self._now_view = Snapshot(
+            policy=cluster.policy,
+            nodes=self._state.nodes,
+            replicas=self._state.replicas,
+            deployments=self._state.deployments,
+            loads=gateway.loads,
+            held=gateway.held,
+        )
+
+    # -- news
+
+    def changed(self, node: Node) -> None:
+        self._dirty[node.spec.name] = node
+
+    def touched(self, deployment: DeploymentName) -> None:
+        self._touched[deployment] = None
+
+    def heartbeat_missing(self, node: NodeName) -> None:
+        """From now on it is not heard of."""
+        now, policy = self._events.now, self._state.policy
+        self._dirty.pop(node, None)
+        self._state.heard(node, now=now, wall=now)
+        for limit_s in (policy.suspect_s, policy.dead_s):
+            self._events.at(now + limit_s, self._judge)
+
+    def settle(self) -> None:
+        """Draw the consequences of what happened at this instant, and theirs, until nothing is left to do now."""
+        for number in itertools.count():
+            news = [self._observe(node) for node in self._dirty.values() if node.up]
+            self._dirty.clear()
+            # Reports in answer to the first plan say what it did.
+            awaited = bool(self._gateway.held) and number == 0
+            if self._needs_changed() or any(news) or (news and awaited):
+                self._due = True
+            if not (self._due or self._thorough):
+                return
+            if not self._pass() and not self._dirty and not self._touched:
+                return
+
+    def _observe(self, node: Node) -> bool:
+        """Take a node's report; say whether replicas have come to serve or are gone, or the node has come back."""
+        now, name = self._events.now, node.spec.name
+        before = self._state.nodes.get(name)
+        changes = self._state.observe(node.report(), now=now, wall=now)
+        for view in changes.ready:
+            self._gateway.open(node.replicas[view.spec.id])
+        for view in changes.gone:
+            self._forgotten(view)
+        after = self._state.nodes[name]
+        back = before is None or before.report.incarnation != after.report.incarnation
+        return back or changes != _NOTHING
+
+    def _forgotten(self, view: ReplicaView) -> None:
+        self._gateway.close(view.spec.id, view.spec.deployment)
+        self._touched[view.spec.deployment] = None
+
+    def _judge(self) -> None:
+        now = self._events.now
+        for node in self._nodes.values():
+            if node.up and node.spec.name in self._state.nodes:
+                self._state.heard(node.spec.name, now=now, wall=now)
+        before = dict(self._state.replicas)
+        self._state.judge(now)
+        for name in before.keys() - self._state.replicas.keys():
+            self._forgotten(before[name])
+        self._due = True
+
+    def _needs_changed(self) -> bool:
+        """Remember what is needed now; say whether a plan may be another one for it.
+
+        While nobody waits, a plan depends on loads only by how many replicas they need: which one would go first is
+        asked only if one is to go, and then something else has changed.
+        """
+        changed = bool(self._touched) and bool(self._gateway.held)
+        for name in self._touched:
+            view = self._state.deployments[name]
+            demand = autoscale.demand(self._now_view, view, self._state.of(name))
+            after = autoscale.remember(view, demand, self._events.now)
+            self._state.deployments[name] = after
+            if after.needed:
+                self._needed.add(name)
+            else:
+                self._needed.discard(name)
+            changed = changed or after.needed != view.needed
+        self._touched.clear()
+        return changed
+
+    # -- plans
+
+    def _pass(self) -> bool:
+        """Plan, and carry it out; say whether there was anything to do."""
+        now = self._events.now
+        self._due = False
+        self.passes += 1
+        self._passes_now = self._passes_now + 1 if now == self._passed_at else 1
+        self._passed_at = now
+        if self._passes_now > _MOST_PASSES:
+            raise SllmError(f"the policy does not come to rest: {_MOST_PASSES} plans at {now:.3f} s")
+        plan = self._decide(self._snapshot(), now, self._rng)
+        for action in plan.actions:
+            self._act(action)
+        if plan.wake_at is not None and plan.wake_at not in self._wakes:
+            self._wakes.add(plan.wake_at)
+            self._events.at(plan.wake_at, self._wake, plan.wake_at)
+        return bool(plan.actions)
+
+    def _snapshot(self) -> Snapshot:
+        """What is known. Of deployments, those that run, wait or are to run: there is nothing to do for the others."""
+        snapshot = self._state.snapshot(
+            loads=self._gateway.loads, held=self._gateway.held, settled=True, loads_fresh=True
+        )
+        if self._thorough:
+            return snapshot
+        running = {replica.spec.deployment for replica in snapshot.replicas.values()}
+        names = sorted(running | snapshot.held.keys() | self._needed)
+        return replace(snapshot, deployments={name: snapshot.deployments[name] for name in names})
+
+    def _wake(self, at: float) -> None:
+        self._wakes.discard(at)
+        self._due = True
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case StartReplica():
+                self._start(action)
+            case RaisePriority():
+                view = self._state.replicas[action.replica]
+                self._state.put(replace(view, priority=action.priority))
+                self._nodes[view.node].raise_priority(action.replica, action.priority)
+            case DrainReplica():
+                self._end(action.replica, Intent.DRAIN)
+            case StopReplica():
+                self._end(action.replica, Intent.STOP)
+            case RemoveDeployment():
+                raise SllmError(f"the policy removes {action.deployment}, which nobody has deleted")
+            case _:
+                assert_never(action)
+
+    def _start(self, action: StartReplica) -> None:
+        self.starts += 1
+        model, node = self._models[action.deployment], self._nodes[action.node]
+        spec = ReplicaSpec(
+            id=ReplicaId(f"rep-{self.starts:012d}"),
+            deployment=action.deployment,
+            revision=1,
+            generation=self.starts,
+            checkpoint=model.checkpoint.name,
+            digest=model.checkpoint.digest,
+            devices=action.devices,
+            capacity=model.deployment.capacity,
+            max_model_len=model.checkpoint.max_model_len,
+            engine_args=model.deployment.engine_args,
+        )
+        self._state.put(ReplicaView(spec=spec, node=action.node, priority=action.priority, command=Command.DONE))
+        if node.up:
+            node.start(spec, model, action.priority)
+            return
+        # As the real one does when a node does not answer: it may have begun there, and the deployment waits a little.
+        self._unanswered(spec.id, Intent.STOP)
+        self._state.deployments[action.deployment] = retry.hindered(
+            self._state.deployments[action.deployment],
+            action.node,
+            spec.revision,
+            error=f"{action.node} does not answer",
+            reason="UNAVAILABLE",
+            now=self._events.now,
+            policy=self._state.policy,
+        )
+
+    def _end(self, replica: ReplicaId, intent: Intent) -> None:
+        view = self._state.replicas[replica]
+        node = self._nodes[view.node]
+        self._gateway.close(replica, view.spec.deployment)
+        self._touched[view.spec.deployment] = None
+        if not node.up:
+            self._unanswered(replica, intent)
+            return
+        self._state.intend(replica, intent, Command.DONE)
+        if intent is Intent.DRAIN:
+            node.drain(replica, self._state.policy.drain_s)
+            return
+        self.stopped_busy += replica in self._gateway.loads
+        node.stop(replica)
+
+    def _unanswered(self, replica: ReplicaId, intent: Intent) -> None:
+        self._due = True  # to see when to tell it again
+        self._state.intend(replica, intent, Command.DUE)
+        retry_at = self._events.now + self._state.policy.heartbeat_s
+        self._state.put(replace(self._state.replicas[replica], retry_at=retry_at))
