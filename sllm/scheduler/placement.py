@@ -1,5 +1,6 @@
 """Where a replica is started: of the nodes with free devices that hold the checkpoint, on the one where it is expected
-to be ready first (paper §5.1); where that is the same, on the one with the fewest replicas, then by name.
+to be ready first (paper §5.1); where that is the same, where nothing has to be read, then on the one with the fewest
+replicas, then by name.
 
 A guess is no reason to prefer a node: where one of the candidates cannot be told from measurements yet, a rule decides
 (docs/decisions/0014-estimated-startup-time.md): warm nodes first, then those that hold the checkpoint in DRAM.
@@ -59,6 +60,11 @@ class _Option:
     def name(self) -> NodeName:
         return self.node.report.name
 
+    @property
+    def reads(self) -> bool:
+        """True if the checkpoint must come from the disk."""
+        return self.estimate.size_bytes > 0
+
 
 def place(
     room: Room, view: DeploymentView, *, only: NodeName | None = None, priority: Priority = Priority.REQUEST
@@ -111,7 +117,8 @@ def _best(options: Sequence[_Option], digest: str) -> _Option:
         return min(pool, key=lambda option: _rule(option, digest))
     limit = _near(min(option.estimate.total_s for option in pool))
     near = [option for option in pool if option.estimate.total_s <= limit]
-    return min(near, key=lambda option: (option.count, option.name))
+    # The disk is left to those that need it.
+    return min(near, key=lambda option: (option.reads, option.count, option.name))
 
 
 def _rule(option: _Option, digest: str) -> tuple[bool, int, int, str]:
@@ -135,7 +142,10 @@ def _why_not(option: _Option, best: _Option) -> str:
     words = in_words(option.estimate)
     if option.estimate.total_s > _near(best.estimate.total_s):
         return words
-    advantage = "has fewer replicas" if option.count > best.count else "comes first by name"
+    if option.reads > best.reads:
+        advantage = "has it in memory"
+    else:
+        advantage = "has fewer replicas" if option.count > best.count else "comes first by name"
     return f"{words}; {best.name} is as fast, and {advantage}"
 
 

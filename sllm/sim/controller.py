@@ -1,7 +1,8 @@
 """Controller: the production decisions, fed by simulated nodes and gateways, and carried out on them.
 
-What it knows is kept by the controller's own bookkeeping (`sllm.core.cluster`), and how many replicas are needed is
-remembered by its own rules (`sllm.scheduler.autoscale`); a pass is that of `sllm.controller.planning`, without what
+What it knows is kept by the controller's own bookkeeping (`sllm.core.cluster`), what starts take is learnt as it learns
+it (`sllm.scheduler.estimator`), and how many replicas are needed is remembered by its own rules
+(`sllm.scheduler.autoscale`); a pass is that of `sllm.controller.planning`, without what
 only real time and real wires need. News takes no time: reports and commands arrive at the instant they are sent.
 """
 
@@ -17,8 +18,10 @@ from sllm.core.cluster import Changes, ClusterState
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
+from sllm.core.startup import Estimate
 from sllm.errors import SllmError
 from sllm.scheduler import autoscale, retry
+from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
@@ -50,6 +53,8 @@ class Controller:
         self.passes = 0
         self.starts = 0
         self.stopped_busy = 0
+        self.estimator = Estimator()
+        self._estimates: dict[ReplicaId, Estimate] = {}
         self._models: dict[DeploymentName, ModelSpec] = {model.deployment.name: model for model in cluster.models}
         self._nodes = nodes
         self._gateway = gateway
@@ -111,8 +116,11 @@ class Controller:
         """Take a node's report; say whether replicas have come to serve or are gone, or the node has come back."""
         now, name = self._events.now, node.spec.name
         before = self._state.nodes.get(name)
-        changes = self._state.observe(node.report(), now=now, wall=now)
+        report = node.report()
+        self.estimator.reported(report, now)
+        changes = self._state.observe(report, now=now, wall=now)
         for view in changes.ready:
+            self._learn(view, node)
             self._gateway.open(node.replicas[view.spec.id])
         for view in changes.gone:
             self._forgotten(view)
@@ -120,7 +128,13 @@ class Controller:
         back = before is None or before.report.incarnation != after.report.incarnation
         return back or changes != _NOTHING
 
+    def _learn(self, view: ReplicaView, node: Node) -> None:
+        estimate = self._estimates.pop(view.spec.id, None)
+        assert view.status is not None  # the report said that it is ready
+        self.estimator.started(view.status, node.spec.device_kind, estimate=estimate)
+
     def _forgotten(self, view: ReplicaView) -> None:
+        self._estimates.pop(view.spec.id, None)
         self._gateway.close(view.spec.id, view.spec.deployment)
         self._touched[view.spec.deployment] = None
 
@@ -177,7 +191,11 @@ class Controller:
     def _snapshot(self) -> Snapshot:
         """What is known. Of deployments, those that run, wait or are to run: there is nothing to do for the others."""
         snapshot = self._state.snapshot(
-            loads=self._gateway.loads, held=self._gateway.held, settled=True, loads_fresh=True
+            loads=self._gateway.loads,
+            held=self._gateway.held,
+            settled=True,
+            loads_fresh=True,
+            learnt=self.estimator.learnt(self._events.now),
         )
         if self._thorough:
             return snapshot
@@ -222,6 +240,8 @@ class Controller:
             engine_args=model.deployment.engine_args,
         )
         self._state.put(ReplicaView(spec=spec, node=action.node, priority=action.priority, command=Command.DONE))
+        if action.estimate is not None:
+            self._estimates[spec.id] = action.estimate
         if node.up:
             node.start(spec, model, action.priority)
             return

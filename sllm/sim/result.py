@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sllm.core.startup import EstimatorError
 from sllm.sim.request import Outcome, Served
 from sllm.sim.simulation import Simulation
 
@@ -20,9 +21,9 @@ class Result:
     it had was computed again; one that was given up waited until then, one that was refused for the timeout.
     `cold_starts` are requests that waited for a start of their own; `starts` counts replicas that were started,
     `resumed` how often a request lost its replica and went on, `stopped_busy` replicas that were stopped with requests.
-    `migrations` are handovers under a running request. `tier_mix` has what requests had to wait for, in shares of those
-    that got a replica. `cdf` has (share of requests, seconds within which they had a replica); `latencies_s` are all of
-    them, the least first."""
+    `migrations` are handovers under a running request. `estimator` is how wrong the estimates of starts were.
+    `tier_mix` has what requests had to wait for, in shares of those that got a replica. `cdf` has (share of requests,
+    seconds within which they had a replica); `latencies_s` are all of them, the least first."""
 
     policy: str
     seed: int
@@ -40,6 +41,7 @@ class Result:
     stopped_busy: int
     migrations: int
     tier_mix: dict[str, float]
+    estimator: EstimatorError
     device_hours: float
     simulated_s: float
     events: int
@@ -79,6 +81,7 @@ def result_of(simulation: Simulation, *, policy: str, seed: int) -> Result:
         stopped_busy=simulation.controller.stopped_busy,
         migrations=0,  # no policy here moves a request that runs: the scheduler does not do so by itself yet
         tier_mix={kind.value: served[kind] / total if total else 0.0 for kind in Served},
+        estimator=simulation.controller.estimator.error,
         device_hours=simulation.device_s() / 3600,
         simulated_s=simulation.events.now,
         events=simulation.events.count,

@@ -76,6 +76,13 @@ def test_where_it_is_as_fast_the_node_with_fewer_replicas_is_taken_then_the_name
     }
 
 
+def test_where_it_is_as_fast_the_disk_is_left_to_those_that_need_it(make):
+    nodes = [make.node("a", devices=("d0", "d1")), make.node("b", devices=("d0", "d1"), holds=[("m", Tier.DRAM)])]
+    found = placed(make, nodes, known(a=0.05), [make.replica("x", on="b")])
+    assert found.node == "b"
+    assert found.candidates[0].refused.endswith("b is as fast, and has it in memory")
+
+
 def test_a_node_where_it_failed_is_the_last_choice_however_fast(make):
     view = replace(make.deployment(), failures=Failures(revision=1, count=1, retry_at=0.0, nodes=frozenset("a")))
     found = placed(make, [make.node("a"), make.node("b")], known(a=1.0, b=50.0), view=view)
