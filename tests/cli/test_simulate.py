@@ -43,7 +43,7 @@ output = 50
 """
 KEYS = {"policy", "seed", "requests", "mean_s", "p50_s", "p95_s", "p99_s", "timeouts", "cold_starts", "migrations"}
 KEYS |= {"max_s", "refused", "starts", "resumed", "stopped_busy", "tier_mix", "device_hours", "simulated_s", "events"}
-KEYS |= {"plans", "cdf"}
+KEYS |= {"plans", "cdf", "estimator"}
 
 
 @pytest.fixture
@@ -65,6 +65,8 @@ def test_json_has_a_row_for_each_policy_and_seed(sllm, scenario):
         assert sum(row["tier_mix"].values()) == pytest.approx(1)
         assert row["cdf"][-1] == [1.0, row["max_s"]]
         assert row["device_hours"] > 0
+        estimated = row["estimator"]["count"] + row["estimator"]["guessed"]
+        assert (estimated > 0) == (row["policy"] == "ours")
     assert "simulate small: random, seed 2" in answer.err
 
 
