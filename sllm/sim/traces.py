@@ -14,6 +14,10 @@ TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 """Of the Azure LLM inference traces (Patel et al., Splitwise, ISCA'24)."""
 
 
+_MOST_DIGITS = 9
+_SHOWN = 40  # of what is no number, so much is named
+
+
 def read_trace(path: Path, *, requests: int | None = None, speed: float = 1.0) -> list[Row]:
     """Read the first `requests` of a trace (None: all), `speed` times as fast as they were recorded; the first comes at
     time 0. Raises InvalidConfiguration."""
@@ -63,6 +67,6 @@ def _time(path: Path, line: int, text: str, hint: str) -> float:
 
 
 def _tokens(path: Path, line: int, text: str) -> int:
-    if not text.isdecimal():
-        raise InvalidConfiguration(f"{path}:{line}: {text!r} is not a number of tokens")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise InvalidConfiguration(f"{path}:{line}: {text[:_SHOWN]!r} is not a number of tokens")
     return int(text)

@@ -129,6 +129,7 @@ def test_a_mistake_is_named_with_its_file(tmp_path, text, named):
         ("a,b\n1,2\n", "has no column 'TIMESTAMP'"),
         (TRACE + "yesterday,1,2\n", "t.csv:4: 'yesterday' is not a time"),
         (TRACE + "2023-11-16 18:17:05,-1,2\n", "t.csv:4: '-1' is not a number of tokens"),
+        (TRACE + f"2023-11-16 18:17:05,{'1' * 9999},2\n", "is not a number of tokens"),
         (TRACE + "2023-11-16 18:17:05,1\n", "t.csv:4: '' is not a number of tokens"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no requests"),
         ("", "has no column"),
