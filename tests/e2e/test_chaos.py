@@ -151,7 +151,7 @@ class Run:
         while not self._over.wait(self._random.uniform(0.0, 0.1)):
             with suppress(SllmError):  # the controller may be the one that was hit
                 nodes, replicas = operator.nodes(), operator.ready("chaos")
-                if replicas:
+                if replicas and len(nodes) > 1:  # a controller that has just begun may know fewer
                     source = self._random.choice(replicas)
                     node = self._random.choice([name for name in nodes if name != source.node])
                     self.moved += operator.try_to_move_all(source.status.spec.id, node)
