@@ -7,15 +7,13 @@ behind somebody's long prompt must not spoil the estimate.
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from dataclasses import dataclass, field
 
 from sllm.core.migration import RecomputeCost
+from sllm.core.prediction import PredictionErrors
 
 FORGET = 0.95  # weight of an observation after each later one
 OUTLIER = 3.0  # an observation counts as at most this many times what was expected, and at least one in so many
-KEPT_ERRORS = 200
 TRUST = 5  # observations before outliers are clipped
 SPREAD = 0.05  # of squared sizes: below it, rounds are too much alike to tell the two parts of the cost from each other
 GUESSED_TOKENS = 16  # a migration's first guess of `fixed_s`: an engine step takes about as long as so many tokens
@@ -31,7 +29,7 @@ class RecomputeEstimate:
     _s: float = 0.0
     _ts: float = 0.0
     _observations: int = 0
-    _errors: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_ERRORS))
+    _errors: PredictionErrors = field(default_factory=PredictionErrors)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take in that `tokens` tokens (those that no cache had) took `seconds`."""
@@ -39,7 +37,7 @@ class RecomputeEstimate:
             return
         expected = predicted_s(self.cost, tokens) if self._observations >= TRUST else seconds
         if self._observations >= TRUST:
-            self._errors.append(abs(expected - seconds) / seconds)
+            self._errors.note(expected, seconds)
         self._add(float(tokens), min(max(seconds, expected / OUTLIER), expected * OUTLIER), weight=expected**-2)
         self._observations += 1
 
@@ -66,10 +64,7 @@ class RecomputeEstimate:
     @property
     def error(self) -> tuple[float, float] | None:
         """Median and 95th percentile of |predicted - measured| / measured, of the last ones; None: none yet."""
-        if not self._errors:
-            return None
-        ordered = sorted(self._errors)
-        return statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        return self._errors.quantiles
 
 
 def predicted_s(cost: RecomputeCost, tokens: int) -> float:

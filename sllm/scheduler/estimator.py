@@ -7,8 +7,6 @@ the phases of what runs there, teach it anew.
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -16,13 +14,13 @@ from typing import TypeVar
 from sllm.core.device import DeviceKind
 from sllm.core.ids import NodeName
 from sllm.core.node import LoadReport, NodeReport
+from sllm.core.prediction import PredictionErrors
 from sllm.core.replica import ReplicaStatus, StartPhase
 from sllm.core.residency import Tier
 from sllm.core.startup import Estimate, EstimatorError, Learnt
 from sllm.scheduler.levels import Window
 from sllm.scheduler.start_times import StartWindow
 
-KEPT_ERRORS = 200
 KEPT_NODES = 20_000
 KEPT_CHECKPOINTS = 20_000
 NOT_EVEN_PROBED = -1  # a probe has the number 0, the first load 1
@@ -44,7 +42,7 @@ class Estimator:
         self._cold_since: dict[NodeName, float] = {}
         self._warming: dict[NodeName, Window] = {}
         self._warming_anywhere = Window()
-        self._errors: deque[float] = deque(maxlen=KEPT_ERRORS)
+        self._errors = PredictionErrors()
         self._guessed = 0
 
     def learnt(self, now: float) -> Learnt:
@@ -55,11 +53,8 @@ class Estimator:
 
     @property
     def error(self) -> EstimatorError:
-        if not self._errors:
-            return EstimatorError(guessed=self._guessed)
-        ordered = sorted(self._errors)
-        p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-        return EstimatorError(count=len(ordered), p50=statistics.median(ordered), p95=p95, guessed=self._guessed)
+        p50, p95 = self._errors.quantiles or (None, None)
+        return EstimatorError(count=len(self._errors), p50=p50, p95=p95, guessed=self._guessed)
 
     def reported(self, report: NodeReport, now: float) -> None:
         """Take in a node's report: its loads since the last one, and whether its warm process is there."""
@@ -105,7 +100,7 @@ class Estimator:
         if estimate.guessed:
             self._guessed += 1
         elif measured_s > 0:
-            self._errors.append(abs(estimate.total_s - measured_s) / measured_s)
+            self._errors.note(estimate.total_s, measured_s)
 
     def _loaded(self, node: NodeName, load: LoadReport) -> None:
         if load.size_bytes <= 0 or load.read_s <= 0:
