@@ -14,7 +14,7 @@ from sllm.core.device import DeviceState
 from sllm.core.ids import DeviceId, NodeName, ReplicaId
 from sllm.core.node import NodeState
 from sllm.core.priority import Priority
-from sllm.core.residency import ResidencyState, Tier
+from sllm.core.residency import Tier
 from sllm.core.snapshot import Command, DeploymentView, Intent, NodeView, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import scale
 from sllm.scheduler.plan import Action, DrainReplica, Plan, StartReplica, StopReplica
@@ -263,7 +263,6 @@ class _Greedy:
 
 def _tier(node: NodeView, digest: str) -> Tier | None:
     """DRAM or SSD; None if there is no copy at rest. (What another replica has on its devices helps nobody.)"""
-    held = {r.tier for r in node.report.residencies if r.digest == digest and r.state is ResidencyState.READY}
-    if Tier.SSD not in held:
+    if node.tier_of(digest) is None:
         return None
-    return Tier.DRAM if Tier.DRAM in held else Tier.SSD
+    return Tier.DRAM if node.in_memory(digest) else Tier.SSD
