@@ -48,7 +48,7 @@ class Child:
                 pass_fds=[theirs.fileno()],
                 stdout=out,
                 stderr=out,
-                env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)},
             )
         theirs.close()
         self._connection = Connection(ours.detach())
