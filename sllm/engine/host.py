@@ -304,6 +304,7 @@ class Host:
         given_up = self._requests.deliver(outputs, time.monotonic(), self._thread.steps)
         if given_up:
             self._thread.abort(given_up)
+        self._migrations.stepped()
         if given_up or any(output.finish for output in outputs):
             self._load_changed()
 
