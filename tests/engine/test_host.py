@@ -294,7 +294,9 @@ async def test_an_engine_that_breaks_ends_every_request_with_its_own_words(
     status = await served.until(ReplicaState.FAILED)
     assert "break at position 3" in status.error
     stream.send(request_of(3, [5]))
-    assert isinstance((await collect(stream, 3))[3][-1].finish.error, EngineFailed)
+    late = (await collect(stream, 3))[3][-1].finish.error
+    assert isinstance(late, Unavailable), "it was not to blame, and may go elsewhere as often as it likes"
+    assert "break at position 3" in late.message
 
 
 async def test_a_request_whose_answer_would_be_too_large_is_refused_alone(
