@@ -280,11 +280,14 @@ async def test_a_failed_build_is_told_with_its_reason_and_waits_to_be_stopped(se
 async def test_an_engine_that_breaks_ends_every_request_with_its_own_words(
     serve: Serve, request_of: Make, collect: Make
 ) -> None:
-    served = await serve(fake=FakeSettings(crash_at=3))
+    served = await serve(gated=True, fake=FakeSettings(crash_at=3))
+    served.clock.let(4)  # its build
     await served.until(ReplicaState.READY)
     stream = served.open()
     for stream_id in (1, 2):
         stream.send(request_of(stream_id, [5], max_tokens=9))
+    await served.until_status(lambda status: status.running == 2)
+    served.clock.open()
     outputs = await collect(stream, 1, 2)
     for stream_id in (1, 2):
         finish = outputs[stream_id][-1].finish
