@@ -49,7 +49,7 @@ SCHEMA = {
     "required": ["list"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "count", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "count", "parameters": SCHEMA, "strict": True}}
 CASES = [
     Case(name="greedy", body={}),
     Case(name="chat", body={}, path=CHAT),
