@@ -37,7 +37,7 @@ class Scene:
 def of_migration(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Operation | SllmError:
     """The operation as it stands, or what ends it."""
     left = [request for request in job.requests if not _over(request, job, tally, scene)]
-    moved = len(job.requests) - len(left) - len(tally.finished - tally.moved)
+    moved = sum(request in tally.moved or _arrived(request, job, scene) for request in job.requests)
     if not left:
         finished = len(job.requests) - moved
         parts = [f"{moved} moved"]
@@ -79,10 +79,15 @@ def of_drain(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Operat
 def _over(request: RequestId, job: Job, tally: Tally, scene: Scene) -> bool:
     if request in tally.moved or request in tally.finished:
         return True
-    row = scene.rows.get(request)
-    if row is None:
+    if request not in scene.rows:
         return request in tally.seen or scene.complete
-    replica = scene.snapshot.replicas.get(row.replica) if row.replica else None
+    return _arrived(request, job, scene)
+
+
+def _arrived(request: RequestId, job: Job, scene: Scene) -> bool:
+    """Whether it runs where it was to go, whoever brought it there."""
+    row = scene.rows.get(request)
+    replica = scene.snapshot.replicas.get(row.replica) if row and row.replica else None
     return replica is not None and replica.node == job.nodes[0]
 
 

@@ -231,7 +231,8 @@ async def test_a_request_that_ended_while_the_controller_was_away_is_over(bench,
     await bench.quiet()
     assert bench.operation(operation).state == "running", "its gateway may have had no time to report"
     await bench.advance(6)
-    assert (await bench.done(operation)).state == "done"
+    done = await bench.done(operation)
+    assert (done.state, done.phase) == ("done", "0 moved, 1 finished first")
 
 
 # -- what is refused
