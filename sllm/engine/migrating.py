@@ -157,9 +157,11 @@ class _Order:
         if self._busy or self._over:
             return
         self._busy = True
-        while self._events:
-            self._step(*self._events.popleft())
-        self._busy = False
+        try:
+            while self._events:
+                self._step(*self._events.popleft())
+        finally:
+            self._busy = False
         if self._coordinator.is_over:
             self._over = True
             self._timer.cancel()
@@ -233,7 +235,11 @@ class _Order:
                 round=answered.round, progress=self._progress(request), round_trip_s=answered.round_trip_s
             )
         except SllmError as error:
-            event = RoundFailed(error=error)
+            # A call ends with the order's time: that is nobody's failure.
+            event = RoundFailed(error=error) if self._loop.time() < self._deadline else TimeOver()
+        except Exception:
+            log.exception("a round of %s failed", request)
+            event = RoundFailed(error=SllmError("the round failed"))
         self.post(request, event)
         self._cost = self._moves[request].state.road.cost
 

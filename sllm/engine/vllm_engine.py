@@ -179,7 +179,8 @@ class VllmCore:
 
     def step(self) -> list[Output]:
         refused = self._admit()
-        self._recomputes.enter(self._core.scheduler)
+        if (failed := self._recomputes.enter(self._core.scheduler)) is not None:
+            refused.append(failed)
         outputs, self._ended = self._ended + refused, []
         stepped, executed = self._core.step_fn()
         self._core.post_step(executed)

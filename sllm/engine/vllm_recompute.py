@@ -18,6 +18,7 @@ from vllm.sampling_params import SamplingParams
 from sllm.core.ids import RequestId
 from sllm.core.tokens import Finish, FinishReason, Prefill, TokenRequest
 from sllm.engine.base import Output
+from sllm.errors import SllmError
 
 PIECE_TOKENS = 128  # beside running requests: a step of theirs takes two or three times as long
 ALONE_TOKENS = 1024  # as long as nobody is kept waiting: for a request that comes meanwhile
@@ -69,19 +70,27 @@ class Recomputes:
                 self._entered = None
         return pieces
 
-    def enter(self, scheduler: Any) -> None:
-        """Let the next piece of the oldest one in if it is its turn."""
+    def enter(self, scheduler: Any) -> Output | None:
+        """Let the next piece of the oldest one in if it is its turn; return its end if the engine does not take it."""
         running, waiting = scheduler.get_request_counts()
         if not self.held or waiting or running >= scheduler.max_num_running_reqs:
-            return
+            return None
         key, held = next(iter(self._held.items()))
+        try:
+            self._enter(key, held, scheduler.kv_cache_manager, PIECE_TOKENS if running else ALONE_TOKENS)
+        except SllmError as error:
+            self.forget([key])
+            return Output(key=key, token_ids=[], finish=Finish(reason=FinishReason.ERROR, error=error))
+        return None
+
+    def _enter(self, key: int, held: _Held, cache: Any, most_tokens: int) -> None:
         piece = next(self._keys)
         request = self._entrance.prepare(piece, _request(key, held, len(held.token_ids)), _params())
-        end = self._end(scheduler.kv_cache_manager, request, PIECE_TOKENS if running else ALONE_TOKENS)
+        end = self._end(cache, request, most_tokens)
         if end is not None:
             request = self._entrance.prepare(piece, _request(key, held, end), _params())
-        self._entered = (key, piece, end is None)
         self._entrance.enter(request)
+        self._entered = (key, piece, end is None)
 
     def _end(self, cache: Any, request: Any, most_tokens: int) -> int | None:
         """Return where the next piece ends, behind a whole block; None: with the request."""

@@ -30,10 +30,10 @@ class Next(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A request at one instant, as its source knows it. n > 1 choices are one request: sums, and the longest choice.
+    """A request at one instant, as its source knows it: sums over its choices (n > 1, or several prompts).
 
-    `tokens` are prompt and output of all choices; `interval_s` is the time between two tokens of one choice, 0 while
-    that is not known.
+    `tokens` are prompt and output; `interval_s` is the time between two tokens of the slowest choice, 0 while that is
+    not known.
     """
 
     prompt_tokens: int
@@ -43,7 +43,7 @@ class Progress:
 
     @property
     def tokens(self) -> int:
-        return self.prompt_tokens * self.choices + self.output_tokens
+        return self.prompt_tokens + self.output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +77,14 @@ def pause_after_round_s(progress: Progress, covered_tokens: int, road: Road) -> 
 
 
 def full(progress: Progress, block_size: int) -> int:
-    """How many tokens the request has when the block that is being filled is full; now, if one has just been."""
-    block = block_size * progress.choices
-    return -(-progress.tokens // block) * block
+    """How many tokens a request of one choice has when the block that is being filled is full; now, if one has just
+    been."""
+    return -(-progress.tokens // block_size) * block_size
 
 
 def fill_s(progress: Progress, block_size: int) -> float:
     """How long the source takes until then."""
-    return (full(progress, block_size) - progress.tokens) / progress.choices * progress.interval_s
+    return (full(progress, block_size) - progress.tokens) * progress.interval_s
 
 
 def following(progress: Progress, covered_tokens: int, rounds: int, road: Road, *, left_s: float) -> Next:
@@ -115,7 +115,8 @@ def _round_pays(progress: Progress, covered_tokens: int, road: Road, now: float)
 def _fill_pays(progress: Progress, covered_tokens: int, road: Road, now: float, left_s: float) -> bool:
     """True if the round that is sent when the block is full can be the last: little is made while it is computed."""
     filling_s = fill_s(progress, road.block_size)
-    if progress.interval_s <= 0 or filling_s > min(MAX_FILL_S, left_s):
+    # The blocks of several choices are not full at once.
+    if progress.choices > 1 or progress.interval_s <= 0 or filling_s > min(MAX_FILL_S, left_s):
         return False
     filled = replace(progress, output_tokens=progress.output_tokens + full(progress, road.block_size) - progress.tokens)
     made = _made(filled, pause_s(filled, covered_tokens, road))

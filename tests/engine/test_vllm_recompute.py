@@ -178,3 +178,27 @@ def test_pieces_are_never_taken_for_requests() -> None:
     keys = [request.key for request in scheduler.entered]
     assert len(set(keys)) == len(keys)
     assert all(key < 0 for key in keys), "the host counts its own upwards"
+
+
+def test_one_that_the_engine_does_not_take_ends_with_its_error_and_lets_the_next_in() -> None:
+    from sllm.engine.vllm_recompute import Entrance, Recomputes
+
+    scheduler = Scheduler()
+
+    def enter(request: Any) -> None:
+        if request.num_tokens == 13:
+            raise EngineFailed("not this one")
+        scheduler.entered.append(request)
+
+    def prepare(key: int, request: TokenRequest, params: Any) -> Any:
+        return SimpleNamespace(key=key, num_tokens=len(request.token_ids))
+
+    held = Recomputes(Entrance(prepare=prepare, enter=enter), block_size=BLOCK, whole=False)
+    held.hold(5, list(range(13)), "")
+    held.hold(6, list(range(14)), "")
+    output = held.enter(scheduler)
+    assert output is not None
+    assert output.finish is not None
+    assert (output.key, output.finish.reason) == (5, FinishReason.ERROR)
+    assert held.enter(scheduler) is None
+    assert [request.num_tokens for request in scheduler.entered] == [14]

@@ -36,7 +36,7 @@ def test_the_last_token_is_computed_again_with_its_block() -> None:
 
 
 def test_choices_that_have_no_whole_block_each_have_nothing_to_be_kept() -> None:
-    choices = Progress(prompt_tokens=15, output_tokens=0, interval_s=0.0, choices=3)
+    choices = Progress(prompt_tokens=45, output_tokens=0, interval_s=0.0, choices=3)
     assert following(choices, 0, 0, ROAD, left_s=60.0) is Next.HAND_OVER
 
 
@@ -48,7 +48,7 @@ def test_the_gap_shrinks_by_the_ratio_of_recomputing_to_decoding_paper_5_2() -> 
 
 def test_choices_are_computed_each() -> None:
     one = Progress(prompt_tokens=100, output_tokens=60, interval_s=0.01)
-    three = Progress(prompt_tokens=100, output_tokens=180, interval_s=0.01, choices=3)
+    three = Progress(prompt_tokens=300, output_tokens=180, interval_s=0.01, choices=3)
     assert pause_s(three, 0, ROAD) == pytest.approx(3 * pause_s(one, 0, ROAD))
 
 
@@ -72,10 +72,9 @@ def test_a_block_that_has_just_been_filled_is_not_waited_for() -> None:
     assert fill_s(Progress(prompt_tokens=0, output_tokens=49, interval_s=0.01), 16) == pytest.approx(0.15)
 
 
-def test_choices_fill_their_blocks_side_by_side() -> None:
-    three = Progress(prompt_tokens=10, output_tokens=3 * 40, interval_s=0.01, choices=3)
-    assert full(three, 16) == 3 * 64
-    assert fill_s(three, 16) == pytest.approx(0.14)
+def test_the_blocks_of_several_choices_are_not_waited_for() -> None:
+    two = Progress(prompt_tokens=200, output_tokens=816, interval_s=0.01, choices=2)
+    assert following(two, 1000, 1, ROAD, left_s=60.0) is not Next.FILL
 
 
 SLOW = Road(cost=RecomputeCost(per_token_s=0.1, fixed_s=1.0, observations=9), block_size=16)
