@@ -131,6 +131,10 @@ def _start(
             "and none is started any more",
             hint="what runs on a replaced revision ends where it is",
         )
+    if deployment.current.deployment.deleting:
+        return Refusal(
+            on=Obstacle.REVISION, text=f"{spec.deployment!r} is being deleted: no replica of it is started any more"
+        )
     if view.tier_of(spec.digest) is None:
         return Refusal(
             on=Obstacle.CHECKPOINT,
