@@ -77,7 +77,12 @@ class Forecast:
         """What is expected of a request that runs, if it moved to a replica on devices like those that it is on."""
         replica = snapshot.replicas.get(row.replica) if row.replica else None
         cost = self.cost(replica, snapshot.nodes) if replica else RecomputeCost()
-        progress = Progress(prompt_tokens=row.prompt_tokens, output_tokens=row.output_tokens, interval_s=row.interval_s)
+        progress = Progress(
+            prompt_tokens=row.prompt_tokens,
+            output_tokens=row.output_tokens,
+            interval_s=row.interval_s,
+            choices=max(1, row.choices),
+        )
         pause = pause_s(progress, progress.tokens, Road(cost=cost, block_size=BLOCK_TOKENS, round_trip_s=ROUND_TRIP_S))
         move_s = OVERHEAD_S + predicted_s(cost, progress.tokens) + pause
         return Outlook(pause_s=pause, move_s=move_s, left_s=self._left_s(row))
@@ -85,7 +90,9 @@ class Forecast:
     def _left_s(self, row: RequestRow) -> float | None:
         lengths = self._lengths.get(row.deployment, Lengths())
         left = lengths.left(row.output_tokens, row.max_tokens)
-        return left * row.interval_s if left is not None and row.interval_s > 0 else None
+        if left is None or row.interval_s <= 0:
+            return None
+        return left / max(1, row.choices) * row.interval_s  # the choices are made side by side
 
 
 def kind_of(replica: ReplicaView, nodes: Mapping[NodeName, NodeView]) -> DeviceKind | None:

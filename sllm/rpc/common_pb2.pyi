@@ -457,7 +457,7 @@ class Node(_message.Message):
     def __init__(self, report: _Optional[_Union[NodeReport, _Mapping]] = ..., state: _Optional[_Union[NodeState, str]] = ..., last_seen: _Optional[float] = ..., cordoned: bool = ..., cordoned_devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RequestRow(_message.Message):
-    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node", "max_tokens", "interval_s", "moves")
+    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node", "max_tokens", "interval_s", "moves", "choices")
     ID_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -469,6 +469,7 @@ class RequestRow(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     id: str
     deployment: str
     state: RequestState
@@ -480,7 +481,8 @@ class RequestRow(_message.Message):
     max_tokens: int
     interval_s: float
     moves: int
-    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ..., max_tokens: _Optional[int] = ..., interval_s: _Optional[float] = ..., moves: _Optional[int] = ...) -> None: ...
+    choices: int
+    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ..., max_tokens: _Optional[int] = ..., interval_s: _Optional[float] = ..., moves: _Optional[int] = ..., choices: _Optional[int] = ...) -> None: ...
 
 class RouteTarget(_message.Message):
     __slots__ = ("replica", "node", "address", "generation", "revision", "capacity")
