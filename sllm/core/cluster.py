@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.index import NO_NODES, Index, IndexKeeper, Sources
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
 from sllm.core.startup import NOTHING_LEARNT, Learnt
+from sllm.core.table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +28,28 @@ class Changes:
     gone: tuple[ReplicaView, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touched:
+    """Nodes (a set of an index) and deployments that plans may see otherwise than before."""
+
+    nodes: int = NO_NODES
+    deployments: frozenset[DeploymentName] = frozenset()
+
+
 class ClusterState:
     """Mutable, for one writer. The mappings hold immutable values."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.nodes: dict[NodeName, NodeView] = {}
-        self.replicas: dict[ReplicaId, ReplicaView] = {}
-        self.deployments: dict[DeploymentName, DeploymentView] = {}
+        self.nodes: Table[NodeName, NodeView] = Table()
+        self.replicas: Table[ReplicaId, ReplicaView] = Table()
+        self.deployments: Table[DeploymentName, DeploymentView] = Table()
         self.cordons: dict[NodeName, Cordon] = {}
         self._on_node: dict[NodeName, set[ReplicaId]] = {}
         self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
+        self._keeper = IndexKeeper()
+        self._index: Index | None = None
+        self._touched = Touched()
 
     def of(self, deployment: DeploymentName) -> list[ReplicaView]:
         """Replicas of one deployment, the oldest first."""
@@ -52,17 +65,45 @@ class ClusterState:
         loads_fresh: bool,
         learnt: Learnt = NOTHING_LEARNT,
     ) -> Snapshot:
+        """`loads` and `held` are not to change any more."""
+        sources = Sources(self.nodes.view(), self.replicas.view(), self.deployments.view())
         return Snapshot(
             policy=self.policy,
-            nodes=dict(self.nodes),
-            replicas=dict(self.replicas),
-            deployments=dict(self.deployments),
-            loads=dict(loads),
-            held=dict(held),
+            nodes=sources.nodes,
+            replicas=sources.replicas,
+            deployments=sources.deployments,
+            loads=loads,
+            held=held,
             settled=settled,
             loads_fresh=loads_fresh,
             learnt=learnt,
+            index=self._followed(sources),
         )
+
+    def touched(self) -> Touched:
+        """What has changed since this was last asked, until the last snapshot."""
+        touched, self._touched = self._touched, Touched()
+        return touched
+
+    def _followed(self, now: Sources) -> Index:
+        """The index, after what has changed since the last snapshot."""
+        nodes, replicas, deployments = self.nodes.changes(), self.replicas.changes(), self.deployments.changes()
+        if self._index is not None and not (nodes or replicas or deployments):
+            return self._index
+        came_or_gone = [
+            name for name, before in deployments.items() if (before is None) or name not in self.deployments
+        ]
+        changed_nodes = self._keeper.follow(now, nodes=nodes, replicas=replicas, deployments=came_or_gone)
+        changed = {name for name, before in deployments.items() if _asks_anew(before, self.deployments.get(name))}
+        for name, before in replicas.items():
+            view = before or self.replicas.get(name)
+            if view is not None:
+                changed.add(view.spec.deployment)
+        self._touched = Touched(
+            nodes=self._touched.nodes | changed_nodes, deployments=self._touched.deployments | changed
+        )
+        self._index = self._keeper.index(now)
+        return self._index
 
     # -- nodes
 
@@ -188,6 +229,17 @@ class ClusterState:
         for replica in gone:
             self.forget(replica.spec.id)
         return Changes(gone=tuple(gone), failed=tuple(_lost_start(r) for r in gone if r.starting))
+
+
+def _asks_anew(before: DeploymentView | None, after: DeploymentView | None) -> bool:
+    """True if a plan may be another one. That what is needed is needed still only puts off when to look again."""
+    if before is None or after is None:
+        return True
+    return (before.needed, len(before.needed_at)) != (after.needed, len(after.needed_at)) or (
+        before.current is not after.current
+        or before.earlier is not after.earlier
+        or before.failures is not after.failures
+    )
 
 
 def _state(cordon: Cordon) -> NodeState:

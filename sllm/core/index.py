@@ -1,0 +1,313 @@
+"""Index: a snapshot's nodes and replicas as decisions look for them. Immutable; a change costs what has changed.
+
+Sets of nodes are integers, a bit per node (`slot`): immutable, and intersected in a tenth of a microsecond per thousand
+nodes. What is told here can be told from the snapshot alone, by looking at all of it; `Index.made_of` does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from sllm.core.device import Device, DeviceState
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
+from sllm.core.node import NodeState
+from sllm.core.replica import ReplicaState
+from sllm.core.residency import Residency, ResidencyState, Tier
+from sllm.core.snapshot import Command, DeploymentView, Intent, NodeView, ReplicaView, Snapshot
+from sllm.core.table import Table
+
+NO_NODES: Final = 0
+
+
+class Copies(NamedTuple):
+    """Of one checkpoint on one node: the tiers (bits) that hold it whole, and the bytes of its copy at rest."""
+
+    tiers: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def at_rest(self) -> bool:
+        """True if a start is possible."""
+        return bool(self.tiers >> Tier.SSD & 1)
+
+    @property
+    def in_memory(self) -> bool:
+        return bool(self.tiers >> Tier.DRAM & 1)
+
+    @property
+    def fastest(self) -> Tier | None:
+        """As `NodeView.tier_of`."""
+        return Tier(self.tiers.bit_length() - 1) if self.at_rest else None
+
+
+NO_COPIES: Final = Copies()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """A node, or the name of one that is not known, with what runs there, the oldest first. `free` devices can be
+    taken; `taken` are leased by replicas that are known here, whatever the node has reported of them yet."""
+
+    name: NodeName
+    slot: int
+    view: NodeView | None
+    copies: Mapping[str, Copies]
+    replicas: tuple[ReplicaView, ...]
+    taken: frozenset[DeviceId]
+    free: tuple[Device, ...]
+
+    @property
+    def ready(self) -> bool:
+        return self.view is not None and self.view.state is NodeState.READY
+
+
+class Sources(NamedTuple):
+    """What an index is made of."""
+
+    nodes: Mapping[NodeName, NodeView]
+    replicas: Mapping[ReplicaId, ReplicaView]
+    deployments: Mapping[DeploymentName, DeploymentView]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Index:
+    """`with_free[k]` are ready nodes with more than k free devices, `with_replicas[k]` known nodes with exactly k
+    replicas, `starting` those where one starts. `astray` are replicas for which something may be to do whatever their
+    deployment needs: they failed, or leave, or are to be told again that they end, or nobody wants them."""
+
+    sources: Sources
+    names: Sequence[NodeName]
+    entries: Mapping[NodeName, NodeEntry]
+    at_rest: Mapping[str, int]
+    in_memory: Mapping[str, int]
+    ready: int
+    warm: int
+    starting: int
+    with_free: tuple[int, ...]
+    with_replicas: tuple[int, ...]
+    of_deployment: Mapping[DeploymentName, tuple[ReplicaView, ...]]
+    astray: Mapping[ReplicaId, ReplicaView]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Index:
+        """The index that was kept for this snapshot; if there is none, or the snapshot is another one than it was kept
+        for (what-if), one made anew."""
+        kept, sources = snapshot.index, Sources(snapshot.nodes, snapshot.replicas, snapshot.deployments)
+        if kept is not None and all(one is other for one, other in zip(kept.sources, sources, strict=True)):
+            return kept
+        return cls.made_of(sources)
+
+    @classmethod
+    def made_of(cls, sources: Sources) -> Index:
+        """By looking at all of it."""
+        keeper = IndexKeeper()
+        replicas: dict[ReplicaId, ReplicaView | None] = dict.fromkeys(sources.replicas)
+        keeper.follow(sources, nodes=sources.nodes, replicas=replicas, deployments=())
+        return keeper.index(sources)
+
+    def holders(self, digest: str) -> int:
+        """Nodes, in whatever state, with a copy at rest."""
+        return self.at_rest.get(digest, NO_NODES)
+
+    def those(self, nodes: int) -> Iterator[NodeEntry]:
+        """The entries of a set of nodes."""
+        text = bin(nodes)[:1:-1]
+        slot = text.find("1")
+        while slot >= 0:
+            yield self.entries[self.names[slot]]
+            slot = text.find("1", slot + 1)
+
+
+class IndexKeeper:
+    """Keeps an index up to date with tables that change. Mutable, for one owner."""
+
+    def __init__(self) -> None:
+        self._names: list[NodeName] = []  # by slot; only ever longer, so that indexes made earlier may share it
+        self._entries: Table[NodeName, NodeEntry] = Table()
+        self._at_rest: Table[str, int] = Table()
+        self._in_memory: Table[str, int] = Table()
+        self._of_deployment: Table[DeploymentName, tuple[ReplicaView, ...]] = Table()
+        self._astray: Table[ReplicaId, ReplicaView] = Table()
+        self._ready = self._warm = self._starting = NO_NODES
+        self._with_free: list[int] = []
+        self._with_replicas: list[int] = []
+
+    def follow(
+        self,
+        now: Sources,
+        *,
+        nodes: Iterable[NodeName],
+        replicas: Mapping[ReplicaId, ReplicaView | None],
+        deployments: Iterable[DeploymentName],
+    ) -> int:
+        """Take in that these have changed: replicas with what they were, None if there was none. Deployments are those
+        that have come or gone. Returns the nodes that are others now."""
+        there: dict[NodeName, dict[ReplicaId, ReplicaView | None]] = {name: {} for name in nodes}
+        of: dict[DeploymentName, dict[ReplicaId, ReplicaView | None]] = {}
+        for name, before in replicas.items():
+            after = now.replicas.get(name)
+            for view in (before, after):
+                if view is not None:
+                    there.setdefault(view.node, {})[name] = after if after and after.node == view.node else None
+                    of.setdefault(view.spec.deployment, {})[name] = after
+        for deployment, changed in of.items():
+            kept = _changed(self._of_deployment.get(deployment, ()), changed)
+            if kept:
+                self._of_deployment[deployment] = kept
+            else:
+                self._of_deployment.pop(deployment, None)
+        for deployment in deployments:
+            of[deployment] = {r.spec.id: r for r in self._of_deployment.get(deployment, ())}
+        for deployment, changed in of.items():
+            self._judge(changed, known=deployment in now.deployments)
+        touched = NO_NODES
+        for node, changed in there.items():
+            touched |= self._enter(node, now.nodes.get(node), changed)
+        return touched
+
+    def index(self, now: Sources) -> Index:
+        return Index(
+            sources=now,
+            names=self._names,
+            entries=self._entries.view(),
+            at_rest=self._at_rest.view(),
+            in_memory=self._in_memory.view(),
+            ready=self._ready,
+            warm=self._warm,
+            starting=self._starting,
+            with_free=tuple(self._with_free),
+            with_replicas=tuple(self._with_replicas),
+            of_deployment=self._of_deployment.view(),
+            astray=self._astray.view(),
+        )
+
+    def where(self, replicas: Iterable[ReplicaView]) -> int:
+        """The nodes of these replicas."""
+        nodes = NO_NODES
+        for replica in replicas:
+            nodes |= 1 << self._entries[replica.node].slot
+        return nodes
+
+    def of(self, deployment: DeploymentName) -> tuple[ReplicaView, ...]:
+        return self._of_deployment.get(deployment, ())
+
+    def _judge(self, replicas: Mapping[ReplicaId, ReplicaView | None], *, known: bool) -> None:
+        for name, replica in replicas.items():
+            if replica is not None and is_astray(replica, known=known):
+                self._astray[name] = replica
+            elif name in self._astray:
+                del self._astray[name]
+
+    def _enter(self, name: NodeName, view: NodeView | None, changed: Mapping[ReplicaId, ReplicaView | None]) -> int:
+        before = self._entries.get(name) or self._named(name)
+        replicas = _changed(before.replicas, changed) if changed else before.replicas
+        taken = (
+            frozenset([device for replica in replicas for device in replica.spec.devices]) if changed else before.taken
+        )
+        entry = NodeEntry(
+            name=name,
+            slot=before.slot,
+            view=view,
+            copies=_copies(before, view),
+            replicas=replicas,
+            taken=taken,
+            free=_free(view, taken),
+        )
+        self._entries[name] = entry
+        bit = 1 << entry.slot
+        if entry.copies is not before.copies:
+            self._move_copies(bit, before.copies, entry.copies)
+        self._ready = _with(self._ready, bit, entry.ready)
+        self._warm = _with(self._warm, bit, view is not None and view.report.warm)
+        self._starting = _with(self._starting, bit, any(replica.starting for replica in replicas))
+        self._count(
+            bit, self._with_free, len(before.free) if before.ready else 0, len(entry.free) if entry.ready else 0
+        )
+        if before.view is not None and view is not None and len(before.replicas) == len(replicas):
+            return bit
+        _put(self._with_replicas, len(before.replicas), bit, there=False)
+        _put(self._with_replicas, len(replicas), bit, there=view is not None)
+        return bit
+
+    def _named(self, name: NodeName) -> NodeEntry:
+        self._names.append(name)
+        slot = len(self._names) - 1
+        return NodeEntry(name=name, slot=slot, view=None, copies={}, replicas=(), taken=frozenset(), free=())
+
+    def _move_copies(self, bit: int, before: Mapping[str, Copies], after: Mapping[str, Copies]) -> None:
+        for digest in {digest for digest, _ in before.items() ^ after.items()}:
+            copies = after.get(digest, NO_COPIES)
+            _mark(self._at_rest, digest, bit, there=copies.at_rest)
+            _mark(self._in_memory, digest, bit, there=copies.at_rest and copies.in_memory)
+
+    def _count(self, bit: int, sets: list[int], before: int, after: int) -> None:
+        for number in range(min(before, after), max(before, after)):
+            _put(sets, number, bit, there=after > before)
+
+
+def is_astray(replica: ReplicaView, *, known: bool) -> bool:
+    """`known`: its deployment is."""
+    if replica.intent is not Intent.RUN:
+        return replica.command is Command.DUE
+    return not known or replica.leaving or replica.state is ReplicaState.FAILED
+
+
+def _changed(
+    before: tuple[ReplicaView, ...], changed: Mapping[ReplicaId, ReplicaView | None]
+) -> tuple[ReplicaView, ...]:
+    kept = [replica for replica in before if replica.spec.id not in changed]
+    kept += [replica for replica in changed.values() if replica is not None]
+    if len(kept) > 1:
+        kept.sort(key=lambda replica: (replica.spec.generation, replica.spec.id))
+    return tuple(kept)
+
+
+def _copies(before: NodeEntry, view: NodeView | None) -> Mapping[str, Copies]:
+    residencies = view.report.residencies if view is not None else ()
+    if before.view is not None and before.view.report.residencies is residencies:
+        return before.copies
+    copies = copies_of(residencies)
+    return before.copies if copies == before.copies else copies
+
+
+def copies_of(residencies: Iterable[Residency]) -> Mapping[str, Copies]:
+    """By digest."""
+    tiers: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    for residency in residencies:
+        digest = residency.digest
+        ready = residency.state is ResidencyState.READY
+        tiers[digest] = tiers.get(digest, 0) | ready << residency.tier
+        if residency.tier is Tier.SSD:
+            stored[digest] = max(stored.get(digest, 0), residency.size_bytes)
+    return {digest: Copies(held, stored.get(digest, 0)) for digest, held in tiers.items()}
+
+
+def _free(view: NodeView | None, taken: frozenset[DeviceId]) -> tuple[Device, ...]:
+    if view is None:
+        return ()
+    closed = view.cordon.devices
+    return tuple(
+        [d for d in view.report.devices if d.state is DeviceState.FREE and d.id not in taken and d.id not in closed]
+    )
+
+
+def _with(nodes: int, bit: int, there: bool) -> int:
+    return nodes | bit if there else nodes & ~bit
+
+
+def _put(sets: list[int], number: int, bit: int, *, there: bool) -> None:
+    while len(sets) <= number:
+        sets.append(NO_NODES)
+    sets[number] = _with(sets[number], bit, there)
+
+
+def _mark(table: Table[str, int], digest: str, bit: int, *, there: bool) -> None:
+    nodes = table.get(digest, NO_NODES)
+    after = _with(nodes, bit, there)
+    if not after:
+        table.pop(digest, None)
+    elif after != nodes:
+        table[digest] = after
