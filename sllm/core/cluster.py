@@ -36,6 +36,9 @@ class Touched:
     deployments: frozenset[DeploymentName] = frozenset()
 
 
+_NO_CHANGES = Changes()
+
+
 class ClusterState:
     """Mutable, for one writer. The mappings hold immutable values."""
 
@@ -171,7 +174,8 @@ class ClusterState:
     def put(self, replica: ReplicaView) -> None:
         """Add a replica, or replace what is known of it."""
         cordon = self.cordons.get(replica.node)
-        self.replicas[replica.spec.id] = replace(replica, leaving=cordon is not None and cordon.draining)
+        leaving = cordon is not None and cordon.draining
+        self.replicas[replica.spec.id] = replica if replica.leaving is leaving else replace(replica, leaving=leaving)
         self._on_node.setdefault(replica.node, set()).add(replica.spec.id)
         self._of_deployment.setdefault(replica.spec.deployment, set()).add(replica.spec.id)
 
@@ -190,14 +194,18 @@ class ClusterState:
             known = self._adopt(node, status, now)
             self.put(known)
             return _change(before=None, after=known)
-        after = replace(known, status=status)
+        after = known if status is known.status else replace(known, status=status)
         if known.intent is Intent.RUN:
-            after = replace(after, intent=_intent_seen(status.state))
+            intent = _intent_seen(status.state)
+            if intent is not after.intent:
+                after = replace(after, intent=intent)
             if after.ready and after.ready_at is None:
                 after = replace(after, ready_at=now)
         elif restarted and known.command is Command.DONE:
             # The agent that accepted the command is gone; the one that came after it does not know of it.
             after = replace(after, command=Command.DUE)
+        if after is known:
+            return _NO_CHANGES
         self.put(after)
         return _change(before=known, after=after)
 
@@ -226,6 +234,8 @@ class ClusterState:
         reported = {status.spec.id for status in report.replicas}
         absent = [self.replicas[i] for i in sorted(self._on_node.get(report.name, set()) - reported)]
         gone = [r for r in absent if _is_gone(r, restarted=restarted)]
+        if not gone:
+            return _NO_CHANGES
         for replica in gone:
             self.forget(replica.spec.id)
         return Changes(gone=tuple(gone), failed=tuple(_lost_start(r) for r in gone if r.starting))
@@ -279,11 +289,13 @@ def _change(*, before: ReplicaView | None, after: ReplicaView) -> Changes:
     if after.intent is Intent.RUN and after.state is ReplicaState.FAILED:
         newly = before is None or before.state is not ReplicaState.FAILED
         return Changes(failed=(after,) if newly else (), adopted=adopted)
-    return Changes(adopted=adopted)
+    return Changes(adopted=adopted) if adopted else _NO_CHANGES
 
 
 def _merged(changes: Iterable[Changes]) -> Changes:
-    every = list(changes)
+    every = [change for change in changes if change is not _NO_CHANGES]
+    if not every:
+        return _NO_CHANGES
     return Changes(
         failed=tuple(r for c in every for r in c.failed),
         ready=tuple(r for c in every for r in c.ready),

@@ -14,49 +14,40 @@ from sllm.core.device import Device, DeviceState
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.node import NodeState
 from sllm.core.replica import ReplicaState
-from sllm.core.residency import Residency, ResidencyState, Tier
+from sllm.core.residency import ResidencyState, Tier
 from sllm.core.snapshot import Command, DeploymentView, Intent, NodeView, ReplicaView, Snapshot
 from sllm.core.table import Table
 
 NO_NODES: Final = 0
 
 
-class Copies(NamedTuple):
-    """Of one checkpoint on one node: the tiers (bits) that hold it whole, and the bytes of its copy at rest."""
-
-    tiers: int = 0
-    stored_bytes: int = 0
-
-    @property
-    def at_rest(self) -> bool:
-        """True if a start is possible."""
-        return bool(self.tiers >> Tier.SSD & 1)
-
-    @property
-    def in_memory(self) -> bool:
-        return bool(self.tiers >> Tier.DRAM & 1)
-
-    @property
-    def fastest(self) -> Tier | None:
-        """As `NodeView.tier_of`."""
-        return Tier(self.tiers.bit_length() - 1) if self.at_rest else None
-
-
-NO_COPIES: Final = Copies()
+_AT_REST: Final = 1 << Tier.SSD
+_IN_MEMORY: Final = 1 << Tier.DRAM
 
 
 @dataclass(frozen=True, slots=True)
 class NodeEntry:
     """A node, or the name of one that is not known, with what runs there, the oldest first. `free` devices can be
-    taken; `taken` are leased by replicas that are known here, whatever the node has reported of them yet."""
+    taken; `taken` are leased by replicas that are known here, whatever the node has reported of them yet. `tiers` that
+    hold a checkpoint whole (a bit each), and `stored_bytes` of its copy at rest, are by digest."""
 
     name: NodeName
     slot: int
     view: NodeView | None
-    copies: Mapping[str, Copies]
+    tiers: Mapping[str, int]
+    stored_bytes: Mapping[str, int]
     replicas: tuple[ReplicaView, ...]
     taken: frozenset[DeviceId]
     free: tuple[Device, ...]
+
+    def in_memory(self, digest: str) -> bool:
+        """As `NodeView.in_memory`."""
+        return bool(self.tiers.get(digest, 0) & _IN_MEMORY)
+
+    def tier_of(self, digest: str) -> Tier | None:
+        """As `NodeView.tier_of`."""
+        tiers = self.tiers.get(digest, 0)
+        return Tier(tiers.bit_length() - 1) if tiers & _AT_REST else None
 
     @property
     def ready(self) -> bool:
@@ -206,19 +197,21 @@ class IndexKeeper:
         taken = (
             frozenset([device for replica in replicas for device in replica.spec.devices]) if changed else before.taken
         )
+        tiers, stored_bytes = _copies(before, view)
         entry = NodeEntry(
             name=name,
             slot=before.slot,
             view=view,
-            copies=_copies(before, view),
+            tiers=tiers,
+            stored_bytes=stored_bytes,
             replicas=replicas,
             taken=taken,
             free=_free(view, taken),
         )
         self._entries[name] = entry
         bit = 1 << entry.slot
-        if entry.copies is not before.copies:
-            self._move_copies(bit, before.copies, entry.copies)
+        if tiers is not before.tiers:
+            self._move_copies(bit, before.tiers, tiers)
         self._ready = _with(self._ready, bit, entry.ready)
         self._warm = _with(self._warm, bit, view is not None and view.report.warm)
         self._starting = _with(self._starting, bit, any(replica.starting for replica in replicas))
@@ -234,13 +227,15 @@ class IndexKeeper:
     def _named(self, name: NodeName) -> NodeEntry:
         self._names.append(name)
         slot = len(self._names) - 1
-        return NodeEntry(name=name, slot=slot, view=None, copies={}, replicas=(), taken=frozenset(), free=())
+        return NodeEntry(
+            name=name, slot=slot, view=None, tiers={}, stored_bytes={}, replicas=(), taken=frozenset(), free=()
+        )
 
-    def _move_copies(self, bit: int, before: Mapping[str, Copies], after: Mapping[str, Copies]) -> None:
+    def _move_copies(self, bit: int, before: Mapping[str, int], after: Mapping[str, int]) -> None:
         for digest in {digest for digest, _ in before.items() ^ after.items()}:
-            copies = after.get(digest, NO_COPIES)
-            _mark(self._at_rest, digest, bit, there=copies.at_rest)
-            _mark(self._in_memory, digest, bit, there=copies.at_rest and copies.in_memory)
+            tiers = after.get(digest, 0)
+            _mark(self._at_rest, digest, bit, there=bool(tiers & _AT_REST))
+            _mark(self._in_memory, digest, bit, there=tiers & (_AT_REST | _IN_MEMORY) == _AT_REST | _IN_MEMORY)
 
     def _count(self, bit: int, sets: list[int], before: int, after: int) -> None:
         for number in range(min(before, after), max(before, after)):
@@ -264,25 +259,19 @@ def _changed(
     return tuple(kept)
 
 
-def _copies(before: NodeEntry, view: NodeView | None) -> Mapping[str, Copies]:
+def _copies(before: NodeEntry, view: NodeView | None) -> tuple[Mapping[str, int], Mapping[str, int]]:
     residencies = view.report.residencies if view is not None else ()
     if before.view is not None and before.view.report.residencies is residencies:
-        return before.copies
-    copies = copies_of(residencies)
-    return before.copies if copies == before.copies else copies
-
-
-def copies_of(residencies: Iterable[Residency]) -> Mapping[str, Copies]:
-    """By digest."""
+        return before.tiers, before.stored_bytes
     tiers: dict[str, int] = {}
     stored: dict[str, int] = {}
     for residency in residencies:
-        digest = residency.digest
-        ready = residency.state is ResidencyState.READY
-        tiers[digest] = tiers.get(digest, 0) | ready << residency.tier
-        if residency.tier is Tier.SSD:
-            stored[digest] = max(stored.get(digest, 0), residency.size_bytes)
-    return {digest: Copies(held, stored.get(digest, 0)) for digest, held in tiers.items()}
+        digest, tier = residency.digest, residency.tier
+        if tier is Tier.SSD and residency.size_bytes > stored.get(digest, 0):
+            stored[digest] = residency.size_bytes
+        if residency.state is ResidencyState.READY:
+            tiers[digest] = tiers.get(digest, 0) | 1 << tier
+    return (before.tiers if tiers == before.tiers else tiers, stored)
 
 
 def _free(view: NodeView | None, taken: frozenset[DeviceId]) -> tuple[Device, ...]:

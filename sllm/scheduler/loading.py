@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sllm.core.ids import NodeName
-from sllm.core.index import NO_COPIES, Index, NodeEntry
+from sllm.core.index import Index, NodeEntry
 from sllm.core.priority import Priority
 from sllm.core.replica import StartPhase
 from sllm.core.snapshot import NodeView, ReplicaView, Snapshot
@@ -55,7 +55,7 @@ class LoadingQueues:
     def add(self, node: NodeView, digest: str, priority: Priority) -> None:
         """A start is planned there."""
         entry = self._index.entries[node.report.name]
-        if not entry.copies.get(digest, NO_COPIES).in_memory:
+        if not entry.in_memory(digest):
             self._last += 1
             load = _Load(left_bytes=load_bytes(self._learnt, entry, digest), priority=priority, number=self._last)
             self._loads[entry.name] = _put(self._of(entry), digest, load)
@@ -65,7 +65,7 @@ class LoadingQueues:
         return self.turn_at(self._index.entries[node.report.name], digest, priority)
 
     def turn_at(self, entry: NodeEntry, digest: str, priority: Priority) -> Turn:
-        if entry.copies.get(digest, NO_COPIES).in_memory:
+        if entry.in_memory(digest):
             return _IN_MEMORY
         loads = self._of(entry)
         if not loads:
@@ -88,7 +88,7 @@ class LoadingQueues:
 
     def _with(self, loads: Mapping[str, _Load], entry: NodeEntry, replica: ReplicaView) -> Mapping[str, _Load]:
         status, digest = replica.status, replica.spec.digest
-        if entry.view is None or entry.copies.get(digest, NO_COPIES).in_memory:
+        if entry.view is None or entry.in_memory(digest):
             return loads
         if status is not None and status.phase in _READ:
             return loads
@@ -115,4 +115,4 @@ def _put(loads: Mapping[str, _Load], digest: str, load: _Load) -> Mapping[str, _
 def load_bytes(learnt: Learnt, entry: NodeEntry, digest: str) -> int:
     """What a load of a checkpoint reads on a node: as the last one did, which may have been in a layout of another
     size, else the copy at rest."""
-    return learnt.load_bytes.get((entry.name, digest)) or entry.copies.get(digest, NO_COPIES).stored_bytes
+    return learnt.load_bytes.get((entry.name, digest)) or entry.stored_bytes.get(digest, 0)

@@ -107,7 +107,7 @@ def place(
     return Placement(
         node=best.name,
         devices=tuple([device.id for device in best.devices]),
-        tier=best.entry.copies[deployment.digest].fastest or Tier.SSD,
+        tier=best.entry.tier_of(deployment.digest) or Tier.SSD,
         estimate=search.estimate(best),
         candidates=Told(search, fit, best, (room.without(()), view, holders), told),
         holders=holders.bit_count(),
@@ -207,7 +207,7 @@ def _best(options: Sequence[_Option], digest: str) -> _Option:
 
 
 def _rule(option: _Option, digest: str) -> tuple[bool, int, int, str]:
-    view, tier = option.entry.view, option.entry.copies[digest].fastest or Tier.SSD
+    view, tier = option.entry.view, option.entry.tier_of(digest) or Tier.SSD
     return (view is None or not view.report.warm, -tier, option.replicas, option.name)
 
 
