@@ -15,7 +15,7 @@ from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
 from sllm.core.startup import NOTHING_LEARNT, Learnt
-from sllm.core.table import Table
+from sllm.core.table import TrackedTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ class ClusterState:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.nodes: Table[NodeName, NodeView] = Table()
-        self.replicas: Table[ReplicaId, ReplicaView] = Table()
-        self.deployments: Table[DeploymentName, DeploymentView] = Table()
+        self.nodes: TrackedTable[NodeName, NodeView] = TrackedTable()
+        self.replicas: TrackedTable[ReplicaId, ReplicaView] = TrackedTable()
+        self.deployments: TrackedTable[DeploymentName, DeploymentView] = TrackedTable()
         self.cordons: dict[NodeName, Cordon] = {}
         self._on_node: dict[NodeName, set[ReplicaId]] = {}
         self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
@@ -57,6 +57,11 @@ class ClusterState:
     def of(self, deployment: DeploymentName) -> list[ReplicaView]:
         """Replicas of one deployment, the oldest first."""
         found = [self.replicas[i] for i in self._of_deployment.get(deployment, ())]
+        return sorted(found, key=lambda r: (r.spec.generation, r.spec.id))
+
+    def replicas_on(self, node: NodeName) -> list[ReplicaView]:
+        """Replicas on one node, the oldest first."""
+        found = [self.replicas[i] for i in self._on_node.get(node, ())]
         return sorted(found, key=lambda r: (r.spec.generation, r.spec.id))
 
     def snapshot(
@@ -93,10 +98,7 @@ class ClusterState:
         nodes, replicas, deployments = self.nodes.changes(), self.replicas.changes(), self.deployments.changes()
         if self._index is not None and not (nodes or replicas or deployments):
             return self._index
-        came_or_gone = [
-            name for name, before in deployments.items() if (before is None) or name not in self.deployments
-        ]
-        changed_nodes = self._keeper.follow(now, nodes=nodes, replicas=replicas, deployments=came_or_gone)
+        changed_nodes = self._keeper.follow(now, nodes=nodes, replicas=replicas, deployments=deployments)
         changed = {name for name, before in deployments.items() if _asks_anew(before, self.deployments.get(name))}
         for name, before in replicas.items():
             view = before or self.replicas.get(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Final, NamedTuple
 
 from sllm.core.device import Device, DeviceState
@@ -65,7 +66,8 @@ class Sources(NamedTuple):
 @dataclass(frozen=True, slots=True, eq=False)
 class Index:
     """`with_free[k]` are ready nodes with more than k free devices, `with_replicas[k]` known nodes with exactly k
-    replicas, `starting` those where one starts. `astray` are replicas for which something may be to do whatever their
+    replicas, `starting` those where one starts, `leaving` those where one ends, `surplus` those with a ready one of a
+    deployment that has more than it needs. `astray` are replicas for which something may be to do whatever their
     deployment needs: they failed, or leave, or are to be told again that they end, or nobody wants them."""
 
     sources: Sources
@@ -76,6 +78,8 @@ class Index:
     ready: int
     warm: int
     starting: int
+    leaving: int
+    surplus: int
     with_free: tuple[int, ...]
     with_replicas: tuple[int, ...]
     of_deployment: Mapping[DeploymentName, tuple[ReplicaView, ...]]
@@ -95,7 +99,7 @@ class Index:
         """By looking at all of it."""
         keeper = IndexKeeper()
         replicas: dict[ReplicaId, ReplicaView | None] = dict.fromkeys(sources.replicas)
-        keeper.follow(sources, nodes=sources.nodes, replicas=replicas, deployments=())
+        keeper.follow(sources, nodes=sources.nodes, replicas=replicas, deployments=sources.deployments)
         return keeper.index(sources)
 
     def holders(self, digest: str) -> int:
@@ -110,6 +114,14 @@ class Index:
             yield self.entries[self.names[slot]]
             slot = text.find("1", slot + 1)
 
+    def batches(self, nodes: int, size: int, *, start: int) -> Iterator[list[NodeEntry]]:
+        """The entries of a set of nodes, so many at a time, beginning at the slot that `start` falls on."""
+        slot = start % (len(self.names) or 1)
+        high = nodes >> slot << slot
+        entries = chain(self.those(high), self.those(nodes & ~high))
+        while batch := list(islice(entries, size)):
+            yield batch
+
 
 class IndexKeeper:
     """Keeps an index up to date with tables that change. Mutable, for one owner."""
@@ -121,7 +133,8 @@ class IndexKeeper:
         self._in_memory: Table[str, int] = Table()
         self._of_deployment: Table[DeploymentName, tuple[ReplicaView, ...]] = Table()
         self._astray: Table[ReplicaId, ReplicaView] = Table()
-        self._ready = self._warm = self._starting = NO_NODES
+        self._ready = self._warm = self._starting = self._leaving = self._surplus = NO_NODES
+        self._has_surplus: set[DeploymentName] = set()
         self._with_free: list[int] = []
         self._with_replicas: list[int] = []
 
@@ -133,8 +146,8 @@ class IndexKeeper:
         replicas: Mapping[ReplicaId, ReplicaView | None],
         deployments: Iterable[DeploymentName],
     ) -> int:
-        """Take in that these have changed: replicas with what they were, None if there was none. Deployments are those
-        that have come or gone. Returns the nodes that are others now."""
+        """Take in that these have changed: replicas with what they were, None if there was none. Returns the nodes that
+        are others now."""
         there: dict[NodeName, dict[ReplicaId, ReplicaView | None]] = {name: {} for name in nodes}
         of: dict[DeploymentName, dict[ReplicaId, ReplicaView | None]] = {}
         for name, before in replicas.items():
@@ -153,6 +166,9 @@ class IndexKeeper:
             of[deployment] = {r.spec.id: r for r in self._of_deployment.get(deployment, ())}
         for deployment, changed in of.items():
             self._judge(changed, known=deployment in now.deployments)
+            if self._weigh(deployment, now.deployments.get(deployment)):
+                for replica in self._of_deployment.get(deployment, ()):
+                    there.setdefault(replica.node, {})
         touched = NO_NODES
         for node, changed in there.items():
             touched |= self._enter(node, now.nodes.get(node), changed)
@@ -168,21 +184,22 @@ class IndexKeeper:
             ready=self._ready,
             warm=self._warm,
             starting=self._starting,
+            leaving=self._leaving,
+            surplus=self._surplus,
             with_free=tuple(self._with_free),
             with_replicas=tuple(self._with_replicas),
             of_deployment=self._of_deployment.view(),
             astray=self._astray.view(),
         )
 
-    def where(self, replicas: Iterable[ReplicaView]) -> int:
-        """The nodes of these replicas."""
-        nodes = NO_NODES
-        for replica in replicas:
-            nodes |= 1 << self._entries[replica.node].slot
-        return nodes
-
-    def of(self, deployment: DeploymentName) -> tuple[ReplicaView, ...]:
-        return self._of_deployment.get(deployment, ())
+    def _weigh(self, name: DeploymentName, view: DeploymentView | None) -> bool:
+        """See whether it has more replicas than it needs; say if that is new."""
+        live = sum(replica.live for replica in self._of_deployment.get(name, ()))
+        more = view is not None and live > max(view.needed, view.current.deployment.spec.min_replicas)
+        if more is (name in self._has_surplus):
+            return False
+        (self._has_surplus.add if more else self._has_surplus.discard)(name)
+        return True
 
     def _judge(self, replicas: Mapping[ReplicaId, ReplicaView | None], *, known: bool) -> None:
         for name, replica in replicas.items():
@@ -215,6 +232,9 @@ class IndexKeeper:
         self._ready = _with(self._ready, bit, entry.ready)
         self._warm = _with(self._warm, bit, view is not None and view.report.warm)
         self._starting = _with(self._starting, bit, any(replica.starting for replica in replicas))
+        self._leaving = _with(self._leaving, bit, not all(replica.live for replica in replicas))
+        surplus = self._has_surplus
+        self._surplus = _with(self._surplus, bit, any(r.ready and r.spec.deployment in surplus for r in replicas))
         self._count(
             bit, self._with_free, len(before.free) if before.ready else 0, len(entry.free) if entry.ready else 0
         )

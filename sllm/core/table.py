@@ -1,16 +1,16 @@
 """Table: a mapping that is changed by one owner and looked at by many, each of whom sees it as it was when they got it.
 
 A view costs nothing, and a change after a view a copy of one bucket and of the list of them, both in the order of the
-square root of all. The order of iteration is that of the calls made, the same in every process.
+square root of all. Iteration is in the order of the keys, the same in every process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TypeVar, cast, overload
-from zlib import crc32
+from itertools import chain
+from typing import TypeVar, overload
 
-K = TypeVar("K", bound=str | tuple[str, object])
+K = TypeVar("K", bound=str | tuple[str, str | int])
 V = TypeVar("V")
 D = TypeVar("D")
 
@@ -19,13 +19,8 @@ _SHARE = (
 )
 
 
-def _number(key: str | tuple[str, object]) -> int:
-    """Not `hash`, which differs from process to process."""
-    return crc32((key if isinstance(key, str) else key[0]).encode())
-
-
 class View(Mapping[K, V]):
-    """Immutable. Keys are strings, or tuples that begin with one."""
+    """Immutable."""
 
     __slots__ = ("_buckets", "_count", "_mask")
 
@@ -35,28 +30,27 @@ class View(Mapping[K, V]):
         self._count = count
 
     def __getitem__(self, key: K) -> V:
-        return self._buckets[_number(key) & self._mask][key]
+        return self._buckets[hash(key) & self._mask][key]
 
     @overload
     def get(self, key: K) -> V | None: ...
     @overload
     def get(self, key: K, default: V | D) -> V | D: ...
     def get(self, key: K, default: V | D | None = None) -> V | D | None:
-        return self._buckets[_number(key) & self._mask].get(key, default)
+        return self._buckets[hash(key) & self._mask].get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._buckets[_number(cast(K, key)) & self._mask]
+        return key in self._buckets[hash(key) & self._mask]
 
     def __iter__(self) -> Iterator[K]:
-        for bucket in self._buckets:
-            yield from bucket
+        return iter(sorted(chain.from_iterable(self._buckets)))
 
     def __len__(self) -> int:
         return self._count
 
 
 class Table(MutableMapping[K, V]):
-    """For one owner. It remembers what has changed since its owner last asked."""
+    """For one owner."""
 
     def __init__(self, entries: Mapping[K, V] | None = None) -> None:
         self._buckets: list[dict[K, V]] = [{}]
@@ -65,7 +59,6 @@ class Table(MutableMapping[K, V]):
         # Of the buckets, those that no view has.
         self._own = {0}
         self._view: View[K, V] | None = None
-        self._before: dict[K, V | None] = {}
         for key, value in (entries or {}).items():
             self[key] = value
 
@@ -76,29 +69,23 @@ class Table(MutableMapping[K, V]):
             self._own = set()
         return self._view
 
-    def changes(self) -> dict[K, V | None]:
-        """The keys that were set or deleted since this was last asked, with what they had before (None: nothing)."""
-        before, self._before = self._before, {}
-        return before
-
     def __getitem__(self, key: K) -> V:
-        return self._buckets[_number(key) & self._mask][key]
+        return self._buckets[hash(key) & self._mask][key]
 
     @overload
     def get(self, key: K) -> V | None: ...
     @overload
     def get(self, key: K, default: V | D) -> V | D: ...
     def get(self, key: K, default: V | D | None = None) -> V | D | None:
-        return self._buckets[_number(key) & self._mask].get(key, default)
+        return self._buckets[hash(key) & self._mask].get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._buckets[_number(cast(K, key)) & self._mask]
+        return key in self._buckets[hash(key) & self._mask]
 
     def __setitem__(self, key: K, value: V) -> None:
         bucket = self._changeable(key)
         if key not in bucket:
             self._count += 1
-        self._before.setdefault(key, bucket.get(key))
         bucket[key] = value
         if self._count * _SHARE > len(self._buckets) ** 2:
             self._grow()
@@ -106,20 +93,17 @@ class Table(MutableMapping[K, V]):
     def __delitem__(self, key: K) -> None:
         if key not in self:
             raise KeyError(key)
-        bucket = self._changeable(key)
-        self._before.setdefault(key, bucket[key])
-        del bucket[key]
+        del self._changeable(key)[key]
         self._count -= 1
 
     def __iter__(self) -> Iterator[K]:
-        for bucket in self._buckets:
-            yield from bucket
+        return iter(sorted(chain.from_iterable(self._buckets)))
 
     def __len__(self) -> int:
         return self._count
 
     def _changeable(self, key: K) -> dict[K, V]:
-        number = _number(key) & self._mask
+        number = hash(key) & self._mask
         if self._view is not None:
             self._view = None
             self._buckets = self._buckets.copy()
@@ -134,4 +118,27 @@ class Table(MutableMapping[K, V]):
         self._mask = len(self._buckets) - 1
         self._own = set(range(len(self._buckets)))
         for key, value in entries:
-            self._buckets[_number(key) & self._mask][key] = value
+            self._buckets[hash(key) & self._mask][key] = value
+
+
+class TrackedTable(Table[K, V]):
+    """Remembers what has changed until its owner asks."""
+
+    def __init__(self, entries: Mapping[K, V] | None = None) -> None:
+        self._before: dict[K, V | None] = {}
+        super().__init__(entries)
+
+    def changes(self) -> dict[K, V | None]:
+        """The keys that were set or deleted since this was last asked, with what they had before (None: nothing)."""
+        before, self._before = self._before, {}
+        return before
+
+    def __setitem__(self, key: K, value: V) -> None:
+        if key not in self._before:
+            self._before[key] = self.get(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: K) -> None:
+        before = self[key]
+        self._before.setdefault(key, before)
+        super().__delitem__(key)

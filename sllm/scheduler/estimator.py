@@ -26,7 +26,7 @@ KEPT_NODES = 20_000
 KEPT_CHECKPOINTS = 20_000
 NOT_EVEN_PROBED = -1  # a probe has the number 0, the first load 1
 
-K = TypeVar("K", bound=str | tuple[str, object])
+K = TypeVar("K", bound=str | tuple[str, str | int])
 V = TypeVar("V")
 
 

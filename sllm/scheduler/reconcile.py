@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from zlib import crc32
 
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.priority import Priority
@@ -22,6 +24,9 @@ from sllm.scheduler.plan import (
     StopReplica,
 )
 from sllm.scheduler.room import Room
+
+# Idle replicas that make room are looked for on so many nodes at a time, the longest unneeded of these first.
+AT_ONCE = 32
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
@@ -182,19 +187,32 @@ class _Planner:
 
         Its own outdated replicas first; for requests that wait, also what others keep alive without needing it.
         """
-        index, digest = self._index, view.current.deployment.digest
-        nodes = index.holders(digest) & index.ready
-        there = [replica for entry in index.those(nodes) for replica in entry.replicas]
-        leaving = [r for r in there if not r.live or r.spec.id in self._ended]
+        index = self._index
+        nodes = index.holders(view.current.deployment.digest) & index.ready
+        leaving = self._leaving(nodes)
         room = self._room.without(leaving)
         if leaving and isinstance(place(room, view, told=0), Placement):
             return []  # room is on its way
-        chosen = self._enough(
-            view, room, [*_idlest_first(self._snapshot, outdated), *self._spare_elsewhere(view, there)]
-        )
-        for replica in chosen:
-            self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
-        return [r for r in chosen if r in outdated]
+        own = _idlest_first(self._snapshot, outdated)
+        start = crc32(view.name.encode())  # not at the same nodes for all
+        for entries in chain(index.batches(nodes & index.surplus, AT_ONCE, start=start), [[]]):
+            there = [replica for entry in entries for replica in entry.replicas]
+            chosen = self._enough(view, room, [*own, *self._spare_elsewhere(view, there)])
+            for replica in chosen:
+                self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
+            if chosen:
+                return [r for r in chosen if r in outdated]
+        return []
+
+    def _leaving(self, nodes: int) -> list[ReplicaView]:
+        """Replicas on these nodes that end, or are to end by what is planned."""
+        index = self._index
+        found = {r.spec.id: r for entry in index.those(nodes & index.leaving) for r in entry.replicas if not r.live}
+        for name in self._ended:
+            replica = self._snapshot.replicas[name]
+            if nodes >> index.entries[replica.node].slot & 1:
+                found[name] = replica
+        return list(found.values())
 
     def _enough(self, view: DeploymentView, room: Room, order: Sequence[ReplicaView]) -> list[ReplicaView]:
         """Of the first node on which it is enough to end some of these, in this order, those that have to go."""
