@@ -2,8 +2,8 @@
 
 A request comes for a deployment whose replicas are full: `reconcile` starts a replica, ends idle ones to make room for
 it, or says what it waits for. Nodes have 8 devices and hold 200 checkpoints on SSD, 40 of them in memory too, drawn by
-popularity (Zipf, 0.9), as are the requests. Of the devices 85 % or 99 % are leased, half by replicas that serve, half by
-idle ones that are kept; a deployment has at most 4.
+popularity (Zipf, 0.9), as are the requests. Of the devices 85 % or 99 % are leased, half by replicas that serve, half
+by idle ones that are kept; a deployment has at most 4.
 
 `decision`: `reconcile` alone, of a snapshot whose index is up to date. `upkeep`: all else that a decision costs whoever
 makes it: remembering what is needed, the snapshot, the agenda, carrying the plan out in the cluster's state, and

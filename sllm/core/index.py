@@ -149,7 +149,7 @@ class IndexKeeper:
         """Take in that these have changed: replicas with what they were, None if there was none. Returns the nodes that
         are others now."""
         there: dict[NodeName, dict[ReplicaId, ReplicaView | None]] = {name: {} for name in nodes}
-        of: dict[DeploymentName, dict[ReplicaId, ReplicaView | None]] = {}
+        of: dict[DeploymentName, dict[ReplicaId, ReplicaView | None]] = {name: {} for name in deployments}
         for name, before in replicas.items():
             after = now.replicas.get(name)
             for view in (before, after):
@@ -157,16 +157,7 @@ class IndexKeeper:
                     there.setdefault(view.node, {})[name] = after if after and after.node == view.node else None
                     of.setdefault(view.spec.deployment, {})[name] = after
         for deployment, changed in of.items():
-            kept = _changed(self._of_deployment.get(deployment, ()), changed)
-            if kept:
-                self._of_deployment[deployment] = kept
-            else:
-                self._of_deployment.pop(deployment, None)
-        for deployment in deployments:
-            of[deployment] = {r.spec.id: r for r in self._of_deployment.get(deployment, ())}
-        for deployment, changed in of.items():
-            self._judge(changed, known=deployment in now.deployments)
-            if self._weigh(deployment, now.deployments.get(deployment)):
+            if self._regroup(deployment, now.deployments.get(deployment), changed):
                 for replica in self._of_deployment.get(deployment, ()):
                     there.setdefault(replica.node, {})
         touched = NO_NODES
@@ -192,21 +183,32 @@ class IndexKeeper:
             astray=self._astray.view(),
         )
 
-    def _weigh(self, name: DeploymentName, view: DeploymentView | None) -> bool:
-        """See whether it has more replicas than it needs; say if that is new."""
-        live = sum(replica.live for replica in self._of_deployment.get(name, ()))
-        more = view is not None and live > max(view.needed, view.current.deployment.spec.min_replicas)
+    def _regroup(
+        self, name: DeploymentName, view: DeploymentView | None, changed: Mapping[ReplicaId, ReplicaView | None]
+    ) -> bool:
+        """Take in what has changed of a deployment; say if it has more than it needs now and had not, or the other way
+        round."""
+        before = self._of_deployment.get(name, ())
+        replicas = _changed(before, changed) if changed else before
+        if replicas and changed:
+            self._of_deployment[name] = replicas
+        elif not replicas and before:
+            del self._of_deployment[name]
+        for replica in replicas:
+            self._judge(replica, known=view is not None)
+        for gone in [replica for replica, after in changed.items() if after is None]:
+            self._astray.pop(gone, None)
+        more = view is not None and sum(r.live for r in replicas) > _needed(view)
         if more is (name in self._has_surplus):
             return False
         (self._has_surplus.add if more else self._has_surplus.discard)(name)
         return True
 
-    def _judge(self, replicas: Mapping[ReplicaId, ReplicaView | None], *, known: bool) -> None:
-        for name, replica in replicas.items():
-            if replica is not None and is_astray(replica, known=known):
-                self._astray[name] = replica
-            elif name in self._astray:
-                del self._astray[name]
+    def _judge(self, replica: ReplicaView, *, known: bool) -> None:
+        if _is_astray(replica, known=known):
+            self._astray[replica.spec.id] = replica
+        elif replica.spec.id in self._astray:
+            del self._astray[replica.spec.id]
 
     def _enter(self, name: NodeName, view: NodeView | None, changed: Mapping[ReplicaId, ReplicaView | None]) -> int:
         before = self._entries.get(name) or self._named(name)
@@ -262,7 +264,11 @@ class IndexKeeper:
             _put(sets, number, bit, there=after > before)
 
 
-def is_astray(replica: ReplicaView, *, known: bool) -> bool:
+def _needed(view: DeploymentView) -> int:
+    return max(view.needed, view.current.deployment.spec.min_replicas)
+
+
+def _is_astray(replica: ReplicaView, *, known: bool) -> bool:
     """`known`: its deployment is."""
     if replica.intent is not Intent.RUN:
         return replica.command is Command.DUE

@@ -16,6 +16,8 @@ from sllm.core.index import NO_NODES, Index
 from sllm.core.snapshot import Snapshot
 from sllm.scheduler.plan import Plan, Reason
 
+_OF_ALL = ("policy", "settled", "loads_fresh", "pinned")
+
 
 class Agenda:
     """Mutable, for one owner. In the beginning all are due."""
@@ -45,6 +47,21 @@ class Agenda:
         """Take in what the cluster's state says has changed."""
         self._touched |= touched.deployments
         self._nodes |= touched.nodes
+
+    def compare(self, before: Snapshot | None, after: Snapshot) -> None:
+        """Take in what differs of the requests and of what concerns all, for who is not told of each change."""
+        if before is None or any(getattr(before, what) != getattr(after, what) for what in _OF_ALL):
+            self.touch_all()
+            return
+        self._touched |= {name for name, _ in before.held.items() ^ after.held.items()}
+        for name, _ in before.loads.items() ^ after.loads.items():
+            replica = after.replicas.get(name)
+            if replica is not None:
+                self._touched.add(replica.spec.deployment)
+
+    def touched(self, snapshot: Snapshot) -> set[DeploymentName]:
+        """Deployments that have changed themselves since the last plan; they stay on the agenda."""
+        return set(snapshot.deployments) if self._all else self._touched & snapshot.deployments.keys()
 
     def due(self, snapshot: Snapshot, now: float) -> Snapshot:
         """The snapshot with what is due in it; all of that is taken from the agenda."""
