@@ -33,8 +33,10 @@ async def advance(world: World) -> float | None:
     _expire(world, now)
     _refuse(world, now)
     _remember_needs(world, now)
-    plan = reconcile(world.snapshot(now), now)
-    world.reasons = dict(plan.reasons)
+    snapshot = world.agenda.due(world.compared(now), now)
+    plan = reconcile(snapshot, now)
+    world.planned_from = snapshot
+    world.agenda.planned(snapshot, plan)
     await _carry_out(world, plan)
     await _drop_earlier_revisions(world)
     await _move(world, now)
@@ -78,10 +80,11 @@ def _refuse(world: World, now: float) -> None:
 
 
 def _remember_needs(world: World, now: float) -> None:
-    snapshot = world.snapshot(now)
-    replicas = snapshot.replicas_by_deployment()
-    for name, view in snapshot.deployments.items():
-        demand = autoscale.demand(snapshot, view, replicas.get(name, []))
+    """Of those whose requests, replicas or wishes have changed: what others need is what they needed."""
+    snapshot = world.compared(now)
+    for name in sorted(world.agenda.touched(snapshot) | (world.touched & snapshot.deployments.keys())):
+        view = snapshot.deployments[name]
+        demand = autoscale.demand(snapshot, view, world.cluster.of(name))
         remembered = autoscale.remember(view, demand, now)
         world.cluster.deployments[name] = (
             autoscale.kept_warm(remembered, 1, now) if name in world.touched else remembered
@@ -213,7 +216,7 @@ def _tell_waiting(world: World) -> None:
 
 
 def _wake_at(world: World, plan: Plan, now: float) -> float | None:
-    times = [plan.wake_at, world.cluster.next_judgement_at(now), world.router.next_deadline()]
+    times = [plan.wake_at, world.agenda.next_wake(), world.cluster.next_judgement_at(now), world.router.next_deadline()]
     if not world.settled(now):
         times.append(world.settle_at)
     if moving_jobs := world.jobs.moving():

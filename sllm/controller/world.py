@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sllm.controller import moves, records
@@ -25,6 +25,7 @@ from sllm.core.request import RequestRow
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Policy, Snapshot
 from sllm.errors import Conflict, SllmError
+from sllm.scheduler.agenda import Agenda
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Reason
 
@@ -50,7 +51,8 @@ class World:
         self.waits = Waits()
         self.tickets: dict[int, Ticket] = {}
         self.table = Latest(RouteTable(epoch=epoch, revision=0))
-        self.reasons: dict[DeploymentName, Reason] = {}
+        self.agenda = Agenda()
+        self.planned_from: Snapshot | None = None
         # Deployments with requests that began and ended between two reports.
         self.touched: set[DeploymentName] = set()
         self.generation = 0
@@ -63,6 +65,11 @@ class World:
         self.settle_at = clock.monotonic() + policy.suspect_s
         # By then every gateway has reported: what none of them has named is over.
         self.complete_at = clock.monotonic() + OVERDUE_S
+
+    @property
+    def reasons(self) -> Mapping[DeploymentName, Reason]:
+        """What deployments wait for that do not have what they need."""
+        return self.agenda.reasons
 
     def settled(self, now: float) -> bool:
         return not self.awaited or now >= self.settle_at
@@ -81,6 +88,13 @@ class World:
         )
         moving = self.jobs.moving()
         return replace(snapshot, pinned=moves.ends_of(moving, snapshot, self.rows())) if moving else snapshot
+
+    def compared(self, now: float) -> Snapshot:
+        """A snapshot; what it has that the last plan did not see is on the agenda."""
+        snapshot = self.snapshot(now)
+        self.agenda.noted(self.cluster.touched())
+        self.agenda.compare(self.planned_from, snapshot)
+        return snapshot
 
     async def commit(self, ops: Sequence[Op]) -> None:
         """Store changes. If that fails, the writer ends: what it would say from then on might not be stored."""

@@ -6,8 +6,9 @@ Times are seconds of the controller's monotonic clock, except `last_seen`, which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
@@ -17,6 +18,9 @@ from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
 from sllm.core.startup import NOTHING_LEARNT, Learnt
+
+if TYPE_CHECKING:
+    from sllm.core.index import Index
 
 
 class Intent(StrEnum):
@@ -202,7 +206,8 @@ class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
     `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
     of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
-    startup times are estimated from."""
+    startup times are estimated from. `due` are the deployments for which there may be anything to do since the last
+    plan; None: all. `index` is what was kept of it (`Index.of`), if it was."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -214,6 +219,8 @@ class Snapshot:
     loads_fresh: bool = True
     pinned: frozenset[ReplicaId] = frozenset()
     learnt: Learnt = NOTHING_LEARNT
+    due: frozenset[DeploymentName] | None = None
+    index: Index | None = field(default=None, compare=False, repr=False)
 
     def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
         """Replicas of each deployment, the oldest first."""

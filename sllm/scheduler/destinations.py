@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,7 +45,7 @@ class Startable:
     node: NodeName
     devices: tuple[DeviceId, ...]
     estimate: Estimate
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
 
 
 Destination = ReplicaView | Startable | Refusal

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from zlib import crc32
 
-from sllm.core.ids import DeploymentName, ReplicaId
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
@@ -23,24 +25,32 @@ from sllm.scheduler.plan import (
 )
 from sllm.scheduler.room import Room
 
+# Idle replicas that make room are looked for on so many nodes at a time, the longest unneeded of these first.
+AT_ONCE = 32
+
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
-    """Return what to do now. The same snapshot gives the same plan."""
+    """Return what to do now. The same snapshot gives the same plan.
+
+    Of a snapshot that says what is `due`, only those deployments are looked at (`sllm.scheduler.agenda` keeps account).
+    """
     planner = _Planner(snapshot, now)
     planner.commands()
     for view in _by_urgency(snapshot):
-        planner.deployment(view)
+        planner.look_at(view)
     return planner.plan()
 
 
 def _by_urgency(snapshot: Snapshot) -> list[DeploymentView]:
     """Who has waited longest comes first to the free devices; then by name."""
+    known, due = snapshot.deployments, snapshot.due
+    views = known.values() if due is None else [view for name in due if (view := known.get(name)) is not None]
 
     def key(view: DeploymentView) -> tuple[bool, float, str]:
         held = snapshot.held.get(view.name)
         return (held is None, held.since if held else 0.0, view.name)
 
-    return sorted(snapshot.deployments.values(), key=key)
+    return sorted(views, key=key)
 
 
 class _Planner:
@@ -50,31 +60,39 @@ class _Planner:
         self._snapshot = snapshot
         self._now = now
         self._room = Room(snapshot)
-        self._replicas = snapshot.replicas_by_deployment()
+        self._index = self._room.index
         self._actions: list[Action] = []
         self._reasons: dict[DeploymentName, Reason] = {}
         self._wakes: list[float] = []
+        self._wakes_of: dict[DeploymentName, float] = {}
         self._ended: set[ReplicaId] = set()
 
     def plan(self) -> Plan:
         wake_at = min(self._wakes, default=None)
-        return Plan(actions=tuple(self._actions), reasons=self._reasons, wake_at=wake_at)
+        return Plan(actions=tuple(self._actions), reasons=self._reasons, wake_at=wake_at, wakes=self._wakes_of)
 
     def commands(self) -> None:
         """Give commands that were not accepted again, and clean up after failures."""
-        for replicas in self._replicas.values():
-            for replica in replicas:
-                if replica.intent is not Intent.RUN:
-                    self._repeat(replica)
-                elif replica.state is ReplicaState.FAILED:
-                    self._stop(replica, "it failed")
-                elif replica.spec.deployment not in self._snapshot.deployments:
-                    self._end(replica, "its deployment is gone")
-                elif replica.leaving:
-                    self._leave(replica)
+        astray = self._index.astray
+        for replica in sorted(astray.values(), key=lambda r: (r.spec.generation, r.spec.id)) if astray else ():
+            if replica.intent is not Intent.RUN:
+                self._repeat(replica)
+            elif replica.state is ReplicaState.FAILED:
+                self._stop(replica, "it failed")
+            elif replica.spec.deployment not in self._snapshot.deployments:
+                self._end(replica, "its deployment is gone")
+            elif replica.leaving:
+                self._leave(replica)
+
+    def look_at(self, view: DeploymentView) -> None:
+        """Plan for one deployment, and note when to look at it again."""
+        before = len(self._wakes)
+        self.deployment(view)
+        if len(self._wakes) > before:
+            self._wakes_of[view.name] = min(self._wakes[before:])
 
     def deployment(self, view: DeploymentView) -> None:
-        replicas = self._replicas.get(view.name, [])
+        replicas = self._index.of_deployment.get(view.name, ())
         if view.current.deployment.deleting:
             self._delete(view, replicas)
             return
@@ -105,7 +123,8 @@ class _Planner:
             priority = Priority.REQUEST if number < awaited else Priority.PREWARM
             placement = place(self._room, view, priority=priority)
             if isinstance(placement, Waiting):
-                self._reasons[view.name] = Reason(text=placement.text, detail=refusals(placement.candidates))
+                detail = refusals(placement.candidates, placement.holders)
+                self._reasons[view.name] = Reason(text=placement.text, detail=detail)
                 return self._make_room(view, outdated)
             self._start(view, placement, priority)
         return []
@@ -150,8 +169,6 @@ class _Planner:
     def _start(self, view: DeploymentView, placement: Placement, priority: Priority) -> None:
         self._room.start(placement.node, placement.devices, view.current.deployment.digest, priority)
         why = f"{in_words(placement.estimate)}; the checkpoint is in {placement.tier.name}"
-        if others := refusals(placement.candidates):
-            why += f" ({others})"
         self._actions.append(
             StartReplica(
                 deployment=view.name,
@@ -161,6 +178,7 @@ class _Planner:
                 why=why,
                 estimate=placement.estimate,
                 candidates=placement.candidates,
+                holders=placement.holders,
             )
         )
 
@@ -169,29 +187,57 @@ class _Planner:
 
         Its own outdated replicas first; for requests that wait, also what others keep alive without needing it.
         """
-        leaving = [r for r in self._snapshot.replicas.values() if not r.live or r.spec.id in self._ended]
+        index = self._index
+        nodes = index.holders(view.current.deployment.digest) & index.ready
+        leaving = self._leaving(nodes)
         room = self._room.without(leaving)
-        if isinstance(place(room, view), Placement):
+        if leaving and isinstance(place(room, view, told=0), Placement):
             return []  # room is on its way
-        order = [*_idlest_first(self._snapshot, outdated), *self._spare_elsewhere(view)]
-        for count in range(1, len(order) + 1):
-            placement = place(room.without(order[:count]), view)
-            if isinstance(placement, Placement):
-                chosen = [r for r in order[:count] if r.node == placement.node]
-                for replica in chosen:
-                    self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
+        own = _idlest_first(self._snapshot, outdated)
+        start = crc32(view.name.encode())  # not at the same nodes for all
+        for entries in chain(index.batches(nodes & index.surplus, AT_ONCE, start=start), [[]]):
+            there = [replica for entry in entries for replica in entry.replicas]
+            chosen = self._enough(view, room, [*own, *self._spare_elsewhere(view, there)])
+            for replica in chosen:
+                self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
+            if chosen:
                 return [r for r in chosen if r in outdated]
         return []
 
-    def _spare_elsewhere(self, view: DeploymentView) -> list[ReplicaView]:
-        """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3)."""
+    def _leaving(self, nodes: int) -> list[ReplicaView]:
+        """Replicas on these nodes that end, or are to end by what is planned."""
+        index = self._index
+        found = {r.spec.id: r for entry in index.those(nodes & index.leaving) for r in entry.replicas if not r.live}
+        for name in self._ended:
+            replica = self._snapshot.replicas[name]
+            if nodes >> index.entries[replica.node].slot & 1:
+                found[name] = replica
+        return list(found.values())
+
+    def _enough(self, view: DeploymentView, room: Room, order: Sequence[ReplicaView]) -> list[ReplicaView]:
+        """Of the first node on which it is enough to end some of these, in this order, those that have to go."""
+        able = self._index.holders(view.current.deployment.digest) & self._index.ready
+        on_node: dict[NodeName, list[ReplicaView]] = {}
+        for replica in order:
+            if not able >> self._index.entries[replica.node].slot & 1:
+                continue
+            chosen = on_node.setdefault(replica.node, [])
+            chosen.append(replica)
+            if isinstance(place(room.without(chosen), view, only=replica.node, told=0), Placement):
+                return chosen
+        return []
+
+    def _spare_elsewhere(self, view: DeploymentView, there: Iterable[ReplicaView]) -> list[ReplicaView]:
+        """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3); of the
+        deployments that have a replica `there`, where they could make room."""
         if view.name not in self._snapshot.held or not self._snapshot.loads_fresh:
             return []
         found: list[tuple[float, str, ReplicaView]] = []
-        for other in self._snapshot.deployments.values():
-            if other.name == view.name or other.name in self._snapshot.held:
+        for name in sorted({replica.spec.deployment for replica in there if replica.ready}):
+            other = self._snapshot.deployments.get(name)
+            if other is None or other.name == view.name or other.name in self._snapshot.held:
                 continue
-            live = [r for r in self._replicas.get(other.name, []) if r.live and r.spec.id not in self._ended]
+            live = [r for r in self._index.of_deployment.get(name, ()) if r.live and r.spec.id not in self._ended]
             needed = max(other.needed, other.current.deployment.spec.min_replicas)
             spared = self._snapshot.pinned
             idle = [r for r in live if r.ready and not self._snapshot.loads.get(r.spec.id) and r.spec.id not in spared]

@@ -21,6 +21,7 @@ from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.core.startup import Estimate
 from sllm.errors import SllmError
 from sllm.scheduler import autoscale, retry
+from sllm.scheduler.agenda import Agenda
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
 from sllm.sim.events import EventQueue
@@ -36,8 +37,8 @@ _MOST_PASSES = 100  # at one instant: a policy that wants more never comes to re
 
 
 class Controller:
-    """`thorough`: pass after every event, with all that is known; else only where something changed that a plan can
-    depend on, with what it can depend on, which is quicker and comes to the same (`tests/sim`)."""
+    """`thorough`: pass after every event, and look at all; else only where something changed that a plan can depend on,
+    at what it can depend on, which is quicker and comes to the same (`tests/sim`)."""
 
     def __init__(
         self,
@@ -67,7 +68,8 @@ class Controller:
             self._state.deployments[model.deployment.name] = model.view()
         self._dirty: dict[NodeName, Node] = dict(nodes)
         self._touched: dict[DeploymentName, None] = dict.fromkeys(self._models)
-        self._needed: set[DeploymentName] = set()
+        self._agenda = Agenda()
+        self._were_held: set[DeploymentName] = set()
         self._due = True
         self._wakes: set[float] = set()
         self._passed_at = 0.0
@@ -143,7 +145,7 @@ class Controller:
         for node in self._nodes.values():
             if node.up and node.spec.name in self._state.nodes:
                 self._state.heard(node.spec.name, now=now, wall=now)
-        before = dict(self._state.replicas)
+        before = self._state.replicas.view()
         self._state.judge(now)
         for name in before.keys() - self._state.replicas.keys():
             self._forgotten(before[name])
@@ -161,13 +163,21 @@ class Controller:
             demand = autoscale.demand(self._now_view, view, self._state.of(name))
             after = autoscale.remember(view, demand, self._events.now)
             self._state.deployments[name] = after
-            if after.needed:
-                self._needed.add(name)
-            else:
-                self._needed.discard(name)
             changed = changed or after.needed != view.needed
+            self._put_on_agenda(name)
         self._touched.clear()
         return changed
+
+    def _put_on_agenda(self, name: DeploymentName) -> None:
+        """That other replicas are needed is seen from the deployment."""
+        if name in self._gateway.held:
+            self._agenda.touch(name)
+            self._were_held.add(name)
+        elif name in self._were_held:
+            self._agenda.touch(name)
+            self._were_held.discard(name)
+        else:
+            self._agenda.touch_others(name)
 
     # -- plans
 
@@ -180,28 +190,30 @@ class Controller:
         self._passed_at = now
         if self._passes_now > _MOST_PASSES:
             raise SllmError(f"the policy does not come to rest: {_MOST_PASSES} plans at {now:.3f} s")
-        plan = self._decide(self._snapshot(), now, self._rng)
+        snapshot = self._snapshot()
+        plan = self._decide(snapshot, now, self._rng)
+        self._agenda.planned(snapshot, plan)
         for action in plan.actions:
             self._act(action)
-        if plan.wake_at is not None and plan.wake_at not in self._wakes:
-            self._wakes.add(plan.wake_at)
-            self._events.at(plan.wake_at, self._wake, plan.wake_at)
+        for at in (plan.wake_at, self._agenda.next_wake()):
+            if at is not None and at not in self._wakes:
+                self._wakes.add(at)
+                self._events.at(at, self._wake, at)
         return bool(plan.actions)
 
     def _snapshot(self) -> Snapshot:
-        """What is known. Of deployments, those that run, wait or are to run: there is nothing to do for the others."""
+        """What is known, and what is due."""
         snapshot = self._state.snapshot(
-            loads=self._gateway.loads,
-            held=self._gateway.held,
+            loads=self._gateway.loads.view(),
+            held=self._gateway.held.view(),
             settled=True,
             loads_fresh=True,
             learnt=self.estimator.learnt(self._events.now),
         )
         if self._thorough:
             return snapshot
-        running = {replica.spec.deployment for replica in snapshot.replicas.values()}
-        names = sorted(running | snapshot.held.keys() | self._needed)
-        return replace(snapshot, deployments={name: snapshot.deployments[name] for name in names})
+        self._agenda.noted(self._state.touched())
+        return self._agenda.due(snapshot, self._events.now)
 
     def _wake(self, at: float) -> None:
         self._wakes.discard(at)

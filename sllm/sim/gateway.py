@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.snapshot import Held
+from sllm.core.table import Table
 from sllm.sim.events import EventQueue
 from sllm.sim.replica import Replica
 from sllm.sim.request import Outcome, Request
@@ -47,8 +48,8 @@ class Gateway:
         on_touched: Callable[[DeploymentName], None],
         on_ended: Callable[[Request, Replica | None], None],
     ) -> None:
-        self.held: dict[DeploymentName, Held] = {}
-        self.loads: dict[ReplicaId, int] = {}
+        self.held: Table[DeploymentName, Held] = Table()
+        self.loads: Table[ReplicaId, int] = Table()
         self._events = events
         self._models = {model.deployment.name: model for model in models}
         self._timeout_s = timeout_s

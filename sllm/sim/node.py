@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from sllm.sim.request import Request
 from sllm.sim.spec import ModelSpec, NodeSpec
 
 _KEPT_LOADS = 32
+_SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
 
 
 class Outside(Protocol):
@@ -32,6 +33,26 @@ class Outside(Protocol):
 
     def lost(self, requests: Sequence[Request]) -> None:
         """Their replica has been ended under them."""
+
+
+class Told:
+    """Parts of the last report: what has not changed is told again by the same value, which is quick to take in."""
+
+    def __init__(self) -> None:
+        self._leased: frozenset[DeviceId] | None = None
+        self._held: tuple[object, ...] | None = None
+        self._devices: tuple[Device, ...] = ()
+        self._residencies: tuple[Residency, ...] = ()
+
+    def devices(self, leased: frozenset[DeviceId], make: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]:
+        if leased != self._leased:
+            self._leased, self._devices = leased, make()
+        return self._devices
+
+    def residencies(self, held: tuple[object, ...], make: Callable[[], tuple[Residency, ...]]) -> tuple[Residency, ...]:
+        if held != self._held:
+            self._held, self._residencies = held, make()
+        return self._residencies
 
 
 class Node:
@@ -61,13 +82,16 @@ class Node:
         self._queue = LoadingQueue(events, on_begun=self._begun, on_done=self._loaded)
         self._checkpoints = {model.checkpoint.digest: model.checkpoint for model in models}
         self._on_ssd = tuple(self._residency(digest, Tier.SSD) for digest in self._checkpoints)
+        self._all_checkpoints = tuple(self._checkpoints.values())
+        self._device_ids = tuple(map(self._device_id, range(spec.devices)))
+        self._told = Told()
 
     # -- commands
 
     def start(self, spec: ReplicaSpec, model: ModelSpec, priority: Priority) -> None:
         """Lease the devices and begin to load. Raises ValueError if it could not be carried out."""
         leased = self._leased()
-        known = {self._device_id(number) for number in range(self.spec.devices)}
+        known = set(self._device_ids)
         if spec.digest not in self._checkpoints or not known.issuperset(spec.devices) or leased & set(spec.devices):
             raise ValueError(f"{self.spec.name} cannot start {spec.deployment} on {', '.join(spec.devices)}")
         now = self._events.now
@@ -280,9 +304,6 @@ class Node:
     def report(self) -> NodeReport:
         """All of the node as it is now."""
         self._revision += 1
-        leased = self._leased()
-        kind, size_bytes = self.spec.device_kind, self.spec.device_memory_bytes
-        on_devices = self._serving()
         return NodeReport(
             name=self.spec.name,
             incarnation=f"{self.spec.name}-{self._incarnation}",
@@ -291,31 +312,42 @@ class Node:
             version="simulated",
             engine="simulated",
             warm=True,
-            devices=tuple(
-                Device(
-                    id=name,
-                    kind=kind,
-                    state=DeviceState.LEASED if name in leased else DeviceState.FREE,
-                    memory_bytes=size_bytes,
-                )
-                for name in map(self._device_id, range(self.spec.devices))
-            ),
+            devices=self._told.devices(frozenset(self._leased()), self._devices),
             tiers=(
                 TierUsage(tier=Tier.DRAM, capacity_bytes=self._pool.capacity_bytes, used_bytes=self._pool.used_bytes),
             ),
-            residencies=(*self._on_ssd, *self._in_dram(), *on_devices),
-            checkpoints=tuple(self._checkpoints.values()),
+            residencies=self._told.residencies(self._held(), self._residencies),
+            checkpoints=self._all_checkpoints,
             replicas=tuple(replica.status() for replica in self.replicas.values()),
             loads=tuple(self._loads),
         )
+
+    def _devices(self) -> tuple[Device, ...]:
+        kind, size_bytes, leased = self.spec.device_kind, self.spec.device_memory_bytes, self._leased()
+        return tuple(
+            Device(
+                id=name,
+                kind=kind,
+                state=DeviceState.LEASED if name in leased else DeviceState.FREE,
+                memory_bytes=size_bytes,
+            )
+            for name in self._device_ids
+        )
+
+    def _held(self) -> tuple[object, ...]:
+        """What residencies depend on."""
+        in_memory = [(copy.digest, copy.ready) for copy in self._pool.copies.values()]
+        return (*in_memory, *[(r.spec.digest, r.state in _SERVING) for r in self.replicas.values()])
+
+    def _residencies(self) -> tuple[Residency, ...]:
+        return (*self._on_ssd, *self._in_dram(), *self._serving())
 
     def _in_dram(self) -> list[Residency]:
         states = {True: ResidencyState.READY, False: ResidencyState.LOADING}
         return [self._residency(copy.digest, Tier.DRAM, states[copy.ready]) for copy in self._pool.copies.values()]
 
     def _serving(self) -> list[Residency]:
-        serving = (ReplicaState.READY, ReplicaState.DRAINING)
-        return [self._residency(r.spec.digest, Tier.DEVICE) for r in self.replicas.values() if r.state in serving]
+        return [self._residency(r.spec.digest, Tier.DEVICE) for r in self.replicas.values() if r.state in _SERVING]
 
     def _residency(self, digest: str, tier: Tier, state: ResidencyState = ResidencyState.READY) -> Residency:
         checkpoint = self._checkpoints[digest]

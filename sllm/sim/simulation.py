@@ -12,7 +12,7 @@ from sllm.sim.gateway import Gateway
 from sllm.sim.node import Node
 from sllm.sim.replica import Replica
 from sllm.sim.request import Request
-from sllm.sim.spec import Arrival, Cluster, Failure
+from sllm.sim.spec import Arrival, Cluster, Failure, ModelSpec
 
 
 class Simulation:
@@ -114,10 +114,14 @@ class Simulation:
             self.nodes[replica.node].ended(replica, request)
 
     def _made_nodes(self, seed: int) -> dict[NodeName, Node]:
+        held: dict[NodeName, list[ModelSpec]] = {spec.name: [] for spec in self.cluster.nodes}
+        for model in self.cluster.models:
+            for name in model.nodes:
+                held[name].append(model)
         return {
             spec.name: Node(
                 spec,
-                [model for model in self.cluster.models if spec.name in model.nodes],
+                held[spec.name],
                 self.events,
                 self,
                 rng=Random(f"{seed}: loads of {spec.name}"),
