@@ -2,13 +2,14 @@
 
 For records that this version reads again (`sllm.controller.recording`); what crosses between processes is protobuf
 (`sllm.rpc.convert`). Dataclasses are objects that say in `is` what they are; mappings whose keys are no text are lists
-of pairs.
+of pairs. Fields that are no part of a value (`compare=False`) are left out, and come back as their defaults.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence, Set
@@ -23,7 +24,7 @@ _IS = "is"
 def to_plain(value: Any) -> Any:
     """Return a value as dicts, lists, text and numbers."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {_IS: type(value).__name__, **{f.name: to_plain(getattr(value, f.name)) for f in fields(value)}}
+        return {_IS: type(value).__name__, **{name: to_plain(getattr(value, name)) for name in _hints(type(value))}}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -47,8 +48,9 @@ def from_plain(cls: type[T], plain: Any) -> T:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    """The types of the fields that make the value. (Of others the type may not be known at run time.)"""
+    made = types.SimpleNamespace(__annotations__={f.name: f.type for f in fields(cls) if f.compare})
+    return typing.get_type_hints(made, globalns=vars(sys.modules[cls.__module__]))
 
 
 def _read(hint: Any, plain: Any) -> Any:

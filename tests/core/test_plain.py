@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,9 @@ from sllm.core.residency import Tier
 from sllm.core.snapshot import Failures
 from sllm.core.startup import Learnt, Level, StartTimes
 from sllm.scheduler.plan import DrainReplica, Plan, StopReplica
+
+if TYPE_CHECKING:
+    from somewhere import Nowhere
 
 levels = st.builds(Level, value=st.floats(allow_nan=False), observations=st.integers())
 times = st.builds(StartTimes, grant=st.none() | levels, fork=st.none() | levels)
@@ -41,6 +46,18 @@ def test_sets_are_in_an_order_that_no_hash_changes():
     cordon = Cordon(devices=frozenset({"b", "a", "c"}))
     assert to_plain(cordon)["devices"] == ["a", "b", "c"]
     assert from_plain(Cordon, to_plain(cordon)) == cordon
+
+
+@dataclass(frozen=True)
+class Derived:
+    value: int
+    made_of_it: Nowhere | None = field(default=None, compare=False)
+
+
+def test_what_is_no_part_of_a_value_is_left_out():
+    plain = to_plain(Derived(1, made_of_it="much"))
+    assert plain == {"is": "Derived", "value": 1}
+    assert from_plain(Derived, plain).made_of_it is None
 
 
 def test_actions_that_have_the_same_fields_are_told_apart():
