@@ -84,6 +84,7 @@ class ControllerConfig(Section):
     start_backoff_s: float = Field(default=1.0, ge=0, description="doubles with each failed start")
     stable_after_s: float = Field(default=10.0, ge=0, description="a replica that dies sooner is a failed start")
     drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
+    record: Path | None = Field(default=None, description="every plan is appended here, with its snapshot")
 
     @model_validator(mode="after")
     def _secure(self) -> Self:

@@ -73,6 +73,10 @@ class Forecast:
         found = [(kind, e) for (known, kind), e in self._estimates.items() if known == digest]
         return tuple(Recompute(kind=kind, cost=e.cost, error=e.error) for kind, e in sorted(found, key=lambda f: f[0]))
 
+    def costs(self) -> Mapping[Key, RecomputeCost]:
+        """What recomputing takes, of all that is known, by digest and kind of device."""
+        return {key: estimate.cost for key, estimate in self._estimates.items()}
+
     def outlook(self, row: RequestRow, snapshot: Snapshot) -> Outlook:
         """What is expected of a request that runs, if it moved to a replica on devices like those that it is on."""
         replica = snapshot.replicas.get(row.replica) if row.replica else None

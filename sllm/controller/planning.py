@@ -35,6 +35,7 @@ async def advance(world: World) -> float | None:
     _remember_needs(world, now)
     snapshot = world.agenda.due(world.compared(now), now)
     plan = reconcile(snapshot, now)
+    world.recorder.planned(snapshot, now, plan)
     world.planned_from = snapshot
     world.agenda.planned(snapshot, plan)
     await _carry_out(world, plan)

@@ -15,6 +15,7 @@ from sllm.controller.forecast import Forecast
 from sllm.controller.jobs import Jobs
 from sllm.controller.latest import Latest
 from sllm.controller.loads import OVERDUE_S, Loads
+from sllm.controller.recording import Recorder
 from sllm.controller.router import Router
 from sllm.controller.store.base import Compare, Item, Op, StateStore
 from sllm.controller.tickets import Ticket
@@ -34,12 +35,21 @@ class World:
     """Changed by the writer only; read by anyone in its thread, between awaits."""
 
     def __init__(
-        self, *, store: StateStore, clock: Clock, policy: Policy, router: Router, epoch: int, executor: Executor
+        self,
+        *,
+        store: StateStore,
+        clock: Clock,
+        policy: Policy,
+        router: Router,
+        epoch: int,
+        executor: Executor,
+        recorder: Recorder,
     ) -> None:
         self.store = store
         self.clock = clock
         self.policy = policy
         self.executor = executor
+        self.recorder = recorder
         self.cluster = ClusterState(policy)
         self.router = router
         self.loads = Loads()

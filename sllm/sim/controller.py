@@ -16,9 +16,8 @@ from typing import assert_never
 
 from sllm.core.cluster import Changes, ClusterState
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
-from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
-from sllm.core.startup import Estimate
+from sllm.core.startup import NOTHING_LEARNT, Estimate, Learnt
 from sllm.errors import SllmError
 from sllm.scheduler import autoscale, retry
 from sllm.scheduler.agenda import Agenda
@@ -55,6 +54,8 @@ class Controller:
         self.starts = 0
         self.stopped_busy = 0
         self.estimator = Estimator()
+        self._known = cluster.known
+        self._present = len(cluster.present)
         self._estimates: dict[ReplicaId, Estimate] = {}
         self._models: dict[DeploymentName, ModelSpec] = {model.deployment.name: model for model in cluster.models}
         self._nodes = nodes
@@ -208,12 +209,16 @@ class Controller:
             held=self._gateway.held.view(),
             settled=True,
             loads_fresh=True,
-            learnt=self.estimator.learnt(self._events.now),
+            learnt=self._learnt(),
         )
         if self._thorough:
             return snapshot
         self._agenda.noted(self._state.touched())
         return self._agenda.due(snapshot, self._events.now)
+
+    def _learnt(self) -> Learnt:
+        learnt = self.estimator.learnt(self._events.now)
+        return learnt if self._known is NOTHING_LEARNT else learnt.over(self._known)
 
     def _wake(self, at: float) -> None:
         self._wakes.discard(at)
@@ -239,18 +244,7 @@ class Controller:
     def _start(self, action: StartReplica) -> None:
         self.starts += 1
         model, node = self._models[action.deployment], self._nodes[action.node]
-        spec = ReplicaSpec(
-            id=ReplicaId(f"rep-{self.starts:012d}"),
-            deployment=action.deployment,
-            revision=1,
-            generation=self.starts,
-            checkpoint=model.checkpoint.name,
-            digest=model.checkpoint.digest,
-            devices=action.devices,
-            capacity=model.deployment.capacity,
-            max_model_len=model.checkpoint.max_model_len,
-            engine_args=model.deployment.engine_args,
-        )
+        spec = model.replica(self._present + self.starts, action.devices)
         self._state.put(ReplicaView(spec=spec, node=action.node, priority=action.priority, command=Command.DONE))
         if action.estimate is not None:
             self._estimates[spec.id] = action.estimate

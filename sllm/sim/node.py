@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
+from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.node import LoadReport, NodeReport
@@ -85,6 +86,8 @@ class Node:
         self._all_checkpoints = tuple(self._checkpoints.values())
         self._device_ids = tuple(map(self._device_id, range(spec.devices)))
         self._told = Told()
+        for digest in spec.in_memory:
+            self._keep(self._checkpoints[digest])
 
     # -- commands
 
@@ -99,6 +102,22 @@ class Node:
         self.replicas[spec.id] = replica
         self._fetch(replica)
         self._outside.changed(self)
+
+    def adopt(self, spec: ReplicaSpec, model: ModelSpec) -> None:
+        """Have a replica that was ready before the simulation began."""
+        replica = Replica(
+            spec=spec,
+            model=model,
+            node=self.spec.name,
+            priority=Priority.REQUEST,
+            began_at=self._events.now,
+            state=ReplicaState.READY,
+            phase=StartPhase.READY,
+            ready_at=-1.0,  # sooner than any request
+        )
+        self.replicas[spec.id] = replica
+        if self.spec.device_kind is DeviceKind.CPU:
+            self._pin(replica, self._pool.use(spec.digest, self._events.now))
 
     def raise_priority(self, replica: ReplicaId, priority: Priority) -> None:
         found = self.replicas.get(replica)
@@ -158,6 +177,12 @@ class Node:
         self._revision = 0
         self._loads.clear()
         self._outside.changed(self)
+
+    def _keep(self, checkpoint: Checkpoint) -> None:
+        """Have a copy in the pool, if there is room for it."""
+        copy = self._pool.make(checkpoint.digest, checkpoint.size_bytes, self._events.now)
+        if copy is not None:
+            copy.ready, copy.reload_s = True, checkpoint.size_bytes / self.spec.ssd_bandwidth_bps
 
     # -- a start
 
@@ -242,9 +267,10 @@ class Node:
         self._outside.changed(self)
 
     def _build(self, replica: Replica) -> None:
-        replica.enter(StartPhase.BUILDING, self._events.now)
-        seconds = replica.copy_s + replica.model.timing.build_s
-        self._events.at(self._events.now + seconds, self._ready, replica)
+        now = self._events.now
+        loaded_s = now - replica.phase_since if replica.phase is StartPhase.LOADING else 0.0
+        replica.enter(StartPhase.BUILDING, now)
+        self._events.at(now + replica.copy_s + replica.model.timing.left_s(loaded_s), self._ready, replica)
 
     def _starts(self, replica: Replica) -> bool:
         """True unless it was ended meanwhile, or its node was lost."""

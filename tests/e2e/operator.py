@@ -14,6 +14,7 @@ from e2e.cluster import Cluster
 
 from sllm.cli import context as contexts
 from sllm.config import TlsConfig, check
+from sllm.core.description import ClusterDescription
 from sllm.core.ids import NodeName, ReplicaId, RequestId, make_id
 from sllm.core.operation import Operation, OperationState
 from sllm.core.replica import ReplicaState
@@ -61,6 +62,9 @@ class Operator:
         """The first request of a deployment that runs, as far as the controller has heard."""
         rows = self._run(self._client.list_requests(Empty())).requests
         return next((row.id for row in rows if row.deployment == deployment and row.replica), None)
+
+    def describe(self) -> ClusterDescription:
+        return self._run(self._client.describe_cluster(Empty()))
 
     def moves(self, request: str, node: str) -> bool:
         """Move a request; False if it did not: it is there already, or over, or not known yet."""
