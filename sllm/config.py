@@ -84,6 +84,8 @@ class ControllerConfig(Section):
     start_backoff_s: float = Field(default=1.0, ge=0, description="doubles with each failed start")
     stable_after_s: float = Field(default=10.0, ge=0, description="a replica that dies sooner is a failed start")
     drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
+    min_loaded_s: float = Field(default=1.0, ge=0, description="before a replica makes room for another deployment")
+    swap_hold_s: float = Field(default=30.0, ge=0, description="requests are held so long at most to spare a swap")
 
     @model_validator(mode="after")
     def _secure(self) -> Self:

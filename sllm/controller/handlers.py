@@ -127,6 +127,9 @@ class Handlers:
 
     async def _load(self, event: ReportLoadRequest) -> None:
         world, now = self._world, self._world.clock.monotonic()
+        for name, count in world.loads.news(event.gateway, event.incarnation, event.requests, event.finished).items():
+            if name in world.cluster.deployments:
+                world.cluster.asked(name, count, now)
         for row in world.loads.report(event.gateway, event.incarnation, event.requests, now):
             world.forecast.finished(row)
         self._world.touched.update(DeploymentName(name) for name, count in event.finished.items() if count)

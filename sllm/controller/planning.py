@@ -153,6 +153,7 @@ def _end(world: World, replica: ReplicaId, intent: Intent, drain_s: float, why: 
 async def _remove(world: World, action: RemoveDeployment) -> None:
     await world.commit([records.delete_deployment(action.deployment)])
     del world.cluster.deployments[action.deployment]
+    world.cluster.popularity.pop(action.deployment, None)
     world.forecast.forget(action.deployment)
     world.decisions.forget(action.deployment)
     log.info("deployment %s is gone", action.deployment)

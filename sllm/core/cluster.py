@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
+from sllm.core.popularity import Popularity, first_asked
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
@@ -34,6 +35,7 @@ class ClusterState:
         self.nodes: dict[NodeName, NodeView] = {}
         self.replicas: dict[ReplicaId, ReplicaView] = {}
         self.deployments: dict[DeploymentName, DeploymentView] = {}
+        self.popularity: dict[DeploymentName, Popularity] = {}
         self.cordons: dict[NodeName, Cordon] = {}
         self._on_node: dict[NodeName, set[ReplicaId]] = {}
         self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
@@ -62,7 +64,13 @@ class ClusterState:
             settled=settled,
             loads_fresh=loads_fresh,
             learnt=learnt,
+            popularity=dict(self.popularity),
         )
+
+    def asked(self, deployment: DeploymentName, requests: int, now: float) -> None:
+        """Note that so many requests for a deployment have come."""
+        known = self.popularity.get(deployment)
+        self.popularity[deployment] = known.asked(requests, now) if known else first_asked(requests, now)
 
     # -- nodes
 

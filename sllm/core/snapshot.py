@@ -6,13 +6,14 @@ Times are seconds of the controller's monotonic clock, except `last_seen`, which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
+from sllm.core.popularity import Popularity
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
@@ -46,6 +47,8 @@ class Policy:
     start_backoff_s: float = 1.0
     max_start_failures: int = 3
     stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
+    min_loaded_s: float = 1.0  # a replica that is ready for less makes no room for another deployment
+    swap_hold_s: float = 30.0  # requests are held so long at most so that a kept replica need not make room yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +205,7 @@ class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
     `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
     of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
-    startup times are estimated from."""
+    startup times are estimated from; `popularity` has the deployments that were asked for lately."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -214,6 +217,7 @@ class Snapshot:
     loads_fresh: bool = True
     pinned: frozenset[ReplicaId] = frozenset()
     learnt: Learnt = NOTHING_LEARNT
+    popularity: Mapping[DeploymentName, Popularity] = field(default_factory=dict)
 
     def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
         """Replicas of each deployment, the oldest first."""

@@ -90,6 +90,10 @@ class Controller:
     def touched(self, deployment: DeploymentName) -> None:
         self._touched[deployment] = None
 
+    def asked(self, deployment: DeploymentName) -> None:
+        """A request for it has come."""
+        self._state.asked(deployment, 1, self._events.now)
+
     def heartbeat_missing(self, node: NodeName) -> None:
         """From now on it is not heard of."""
         now, policy = self._events.now, self._state.policy

@@ -148,6 +148,8 @@ class LimitsConfig(Section):
     suspect_s: float = Field(default=6.0, gt=0)
     dead_s: float = Field(default=15.0, gt=0)
     drain_s: float = Field(default=60.0, ge=0)
+    min_loaded_s: float = Field(default=1.0, ge=0)
+    swap_hold_s: float = Field(default=30.0, ge=0)
 
 
 ArrivalsConfig = Annotated[PoissonConfig | GammaConfig | TraceConfig, Field(discriminator="kind")]
@@ -221,6 +223,8 @@ def _cluster(config: ScenarioConfig) -> Cluster:
             suspect_s=limits.suspect_s,
             dead_s=limits.dead_s,
             drain_s=limits.drain_s,
+            min_loaded_s=limits.min_loaded_s,
+            swap_hold_s=limits.swap_hold_s,
         ),
         timeout_s=limits.queue_timeout_s,
         queue_length=limits.queue_per_deployment,

@@ -79,6 +79,7 @@ class Simulation:
         request = Request(number=self._came, arrival=self._arrivals[self._came])
         self._came += 1
         self._next_arrival()
+        self.controller.asked(request.arrival.deployment)
         self.gateway.arrive(request)
 
     def _fail(self, failure: Failure) -> None:
