@@ -48,6 +48,8 @@ class Policy:
     max_start_failures: int = 3
     stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
     min_loaded_s: float = 1.0  # a replica that is ready for less makes no room for another deployment
+    prefetch: bool = False  # nodes read into memory what their next start would have to read
+    max_copies: int = 1  # of a checkpoint, up to which copies are made unasked; 1: none is
     swap_hold_s: float = 30.0  # requests are held so long at most so that a kept replica need not make room yet
 
 

@@ -20,9 +20,10 @@ from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.core.startup import Estimate
 from sllm.errors import SllmError
-from sllm.scheduler import autoscale, retry
+from sllm.scheduler import autoscale, residency, retry
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.residency_plan import Recent
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
 from sllm.sim.node import Node
@@ -56,6 +57,7 @@ class Controller:
         self.estimator = Estimator()
         self._estimates: dict[ReplicaId, Estimate] = {}
         self._models: dict[DeploymentName, ModelSpec] = {model.deployment.name: model for model in cluster.models}
+        self._by_digest = {model.checkpoint.digest: model for model in cluster.models}
         self._nodes = nodes
         self._gateway = gateway
         self._events = events
@@ -70,6 +72,9 @@ class Controller:
         self._needed: set[DeploymentName] = set()
         self._due = True
         self._wakes: set[float] = set()
+        self._recent = Recent()
+        self.prefetches = 0
+        self.copies = 0
         self._passed_at = 0.0
         self._passes_now = 0
         # To count with; plans are made from copies, which nothing can change under them.
@@ -81,6 +86,8 @@ class Controller:
             loads=gateway.loads,
             held=gateway.held,
         )
+        if residency.enabled(self._now_view):
+            events.at(residency.EVERY_S, self._prepare)
 
     # -- news
 
@@ -194,18 +201,38 @@ class Controller:
 
     def _snapshot(self) -> Snapshot:
         """What is known. Of deployments, those that run, wait or are to run: there is nothing to do for the others."""
-        snapshot = self._state.snapshot(
+        snapshot = self._whole()
+        if self._thorough:
+            return snapshot
+        running = {replica.spec.deployment for replica in snapshot.replicas.values()}
+        names = sorted(running | snapshot.held.keys() | self._needed)
+        return replace(snapshot, deployments={name: snapshot.deployments[name] for name in names})
+
+    def _whole(self) -> Snapshot:
+        """All that is known."""
+        return self._state.snapshot(
             loads=self._gateway.loads,
             held=self._gateway.held,
             settled=True,
             loads_fresh=True,
             learnt=self.estimator.learnt(self._events.now),
         )
-        if self._thorough:
-            return snapshot
-        running = {replica.spec.deployment for replica in snapshot.replicas.values()}
-        names = sorted(running | snapshot.held.keys() | self._needed)
-        return replace(snapshot, deployments={name: snapshot.deployments[name] for name in names})
+
+    def _prepare(self) -> None:
+        """Have checkpoints lie where they will be wanted."""
+        now = self._events.now
+        plan = residency.decide(self._whole(), self._recent, now)
+        self._recent.note(plan, now)
+        for prefetch in plan.prefetches:
+            self.prefetches += 1
+            if self._nodes[prefetch.node].up:
+                self._nodes[prefetch.node].prefetch(prefetch.digest, prefetch.instead_of)
+        for copy in plan.copies:
+            self.copies += 1
+            model = self._by_digest[copy.digest]
+            if self._nodes[copy.node].up:
+                self._nodes[copy.node].copy(model.checkpoint)
+        self._events.at(now + residency.EVERY_S, self._prepare)
 
     def _wake(self, at: float) -> None:
         self._wakes.discard(at)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Protocol
 
+from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.node import LoadReport, NodeReport
@@ -61,6 +62,7 @@ class Node:
         self._queue = LoadingQueue(events, on_begun=self._begun, on_done=self._loaded)
         self._checkpoints = {model.checkpoint.digest: model.checkpoint for model in models}
         self._on_ssd = tuple(self._residency(digest, Tier.SSD) for digest in self._checkpoints)
+        self._prefetching: dict[str, Load] = {}
 
     # -- commands
 
@@ -75,6 +77,27 @@ class Node:
         self.replicas[spec.id] = replica
         self._fetch(replica)
         self._outside.changed(self)
+
+    def prefetch(self, digest: str, instead_of: Sequence[str]) -> None:
+        """Read a checkpoint into memory when nothing else is to be read, if it fits."""
+        for other in instead_of:
+            copy = self._pool.copies.get(other)
+            if copy is not None and not copy.pins:
+                self._pool.drop(copy)
+        if digest in self._pool.copies or self._queue.of(digest) is not None:
+            return
+        load = self._new_load(self._checkpoints[digest], Priority.PREFETCH, self.spec.ssd_bandwidth_bps)
+        if load.copy is not None:  # else nobody would take it out of the ring
+            load.copy.pins += 1
+            load.starts = 1
+            self._prefetching[digest] = load
+            self._queue.put(load)
+            self._outside.changed(self)
+
+    def copy(self, checkpoint: Checkpoint) -> None:
+        """Put a copy of a checkpoint on SSD, beside everything else: it is written as fast as it could be read."""
+        seconds = checkpoint.size_bytes / self.spec.ssd_bandwidth_bps * factor(self._rng, self._load_cv)
+        self._events.at(self._events.now + seconds, self._copied, checkpoint, self._incarnation)
 
     def raise_priority(self, replica: ReplicaId, priority: Priority) -> None:
         found = self.replicas.get(replica)
@@ -123,6 +146,7 @@ class Node:
         gone = list(self.replicas.values())
         self.replicas.clear()
         self._queue.clear()
+        self._prefetching.clear()
         for replica in gone:
             self._account(replica)
         self._pool = Pool(self.spec.dram_bytes)
@@ -150,7 +174,10 @@ class Node:
             self._granted(replica)
             return
         if load is None:
-            load = self._new_load(replica)
+            # The slowest tier on the way says how fast it goes (paper §5.1): the others work at the same time.
+            link_bps = self.spec.dram_bandwidth_bps * len(replica.spec.devices)
+            bandwidth_bps = min(self.spec.ssd_bandwidth_bps, link_bps)
+            load = self._new_load(replica.model.checkpoint, replica.priority, bandwidth_bps)
         self._pin(replica, load.copy)
         replica.load = load
         load.starts += 1
@@ -162,18 +189,14 @@ class Node:
         else:
             self._queue.raise_to(load, replica.priority)
 
-    def _new_load(self, replica: Replica) -> Load:
-        now, size_bytes = self._events.now, replica.model.checkpoint.size_bytes
-        copy = self._pool.make(replica.spec.digest, size_bytes, now)
-        # The slowest tier on the way says how fast it goes (paper §5.1): the others work at the same time.
-        link_bps = self.spec.dram_bandwidth_bps * len(replica.spec.devices)
-        seconds = size_bytes / min(self.spec.ssd_bandwidth_bps, link_bps) * factor(self._rng, self._load_cv)
+    def _new_load(self, checkpoint: Checkpoint, priority: Priority, bandwidth_bps: float) -> Load:
+        now, size_bytes = self._events.now, checkpoint.size_bytes
         return Load(
-            digest=replica.spec.digest,
+            digest=checkpoint.digest,
             size_bytes=size_bytes,
-            priority=replica.priority,
-            copy=copy,
-            left_s=seconds,
+            priority=priority,
+            copy=self._pool.make(checkpoint.digest, size_bytes, now),
+            left_s=size_bytes / bandwidth_bps * factor(self._rng, self._load_cv),
             asked_at=now,
         )
 
@@ -186,6 +209,8 @@ class Node:
         now = self._events.now
         if load.copy is not None:
             load.copy.ready, load.copy.reload_s, load.copy.last_used = True, load.read_s, now
+        if self._prefetching.pop(load.digest, None) is not None and load.copy is not None:
+            load.copy.pins -= 1
         self._read += 1
         self._loads.append(
             LoadReport(
@@ -201,6 +226,13 @@ class Node:
             replica.load = None
             if replica.phase is StartPhase.LOADING:
                 self._build(replica)
+        self._outside.changed(self)
+
+    def _copied(self, checkpoint: Checkpoint, incarnation: int) -> None:
+        if not self.up or incarnation != self._incarnation or checkpoint.digest in self._checkpoints:
+            return  # its agent was gone meanwhile
+        self._checkpoints[checkpoint.digest] = checkpoint
+        self._on_ssd = (*self._on_ssd, self._residency(checkpoint.digest, Tier.SSD))
         self._outside.changed(self)
 
     def _granted(self, replica: Replica) -> None:
@@ -301,6 +333,11 @@ class Node:
                 for name in map(self._device_id, range(self.spec.devices))
             ),
             tiers=(
+                TierUsage(
+                    tier=Tier.SSD,
+                    capacity_bytes=self.spec.ssd_bytes,
+                    used_bytes=sum(checkpoint.size_bytes for checkpoint in self._checkpoints.values()),
+                ),
                 TierUsage(tier=Tier.DRAM, capacity_bytes=self._pool.capacity_bytes, used_bytes=self._pool.used_bytes),
             ),
             residencies=(*self._on_ssd, *self._in_dram(), *on_devices),

@@ -39,6 +39,7 @@ class NodeConfig(Section):
     ssd_bandwidth_bps: float = Field(gt=0, description="of the node: one checkpoint is read at a time")
     dram_bandwidth_bps: float = Field(gt=0, description="from the pool to each device")
     release_s: float = Field(default=0.1, ge=0, description="until a stopped replica's devices are free")
+    ssd_bytes: int = Field(default=10**15, gt=0, description="of the disk: no more copies are made than fit")
 
 
 class ModelConfig(Section):
@@ -152,6 +153,13 @@ class LimitsConfig(Section):
     swap_hold_s: float = Field(default=30.0, ge=0)
 
 
+class ResidencyConfig(Section):
+    """As in the configuration of the controller (docs/configuration.md)."""
+
+    prefetch: bool = False
+    max_copies: int = Field(default=1, ge=1)
+
+
 ArrivalsConfig = Annotated[PoissonConfig | GammaConfig | TraceConfig, Field(discriminator="kind")]
 LengthsConfig = Annotated[ConstantLengths | LogNormalLengths | FileLengths, Field(discriminator="kind")]
 
@@ -165,6 +173,7 @@ class ScenarioConfig(Section):
     noise: NoiseConfig = NoiseConfig()
     failures: list[FailureConfig] = Field(default_factory=list)
     limits: LimitsConfig = LimitsConfig()
+    residency: ResidencyConfig = ResidencyConfig()
 
     @model_validator(mode="after")
     def _has_lengths(self) -> Self:
@@ -225,6 +234,8 @@ def _cluster(config: ScenarioConfig) -> Cluster:
             drain_s=limits.drain_s,
             min_loaded_s=limits.min_loaded_s,
             swap_hold_s=limits.swap_hold_s,
+            prefetch=config.residency.prefetch,
+            max_copies=config.residency.max_copies,
         ),
         timeout_s=limits.queue_timeout_s,
         queue_length=limits.queue_per_deployment,
@@ -244,6 +255,7 @@ def _nodes(group: NodeConfig, place: str) -> Iterable[NodeSpec]:
             ssd_bandwidth_bps=group.ssd_bandwidth_bps,
             dram_bandwidth_bps=group.dram_bandwidth_bps,
             release_s=group.release_s,
+            ssd_bytes=group.ssd_bytes,
         )
 
 
@@ -268,6 +280,7 @@ def _models(group: ModelConfig, nodes: tuple[NodeSpec, ...], place: str) -> Iter
                 dtype="float16",
                 tensor_count=1,
                 max_model_len=group.max_model_len,
+                source=f"simulated:{name}",
             ),
             nodes=tuple(nodes[(number + turn) % len(nodes)].name for turn in range(copies)),
             timing=Timing(

@@ -13,8 +13,9 @@ from sllm.core.snapshot import DeploymentView, Policy, Revision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """A GPU server. `dram_bytes` is its pool; `ssd_bandwidth_bps` is of the node (one checkpoint is read at a time),
-    `dram_bandwidth_bps` of each device's link; a stopped replica's devices are free after `release_s`."""
+    """A GPU server. `dram_bytes` is its pool, `ssd_bytes` the size of its disk; `ssd_bandwidth_bps` is of the node (one
+    checkpoint is read at a time), `dram_bandwidth_bps` of each device's link; a stopped replica's devices are free
+    after `release_s`."""
 
     name: NodeName
     devices: int
@@ -24,6 +25,7 @@ class NodeSpec:
     dram_bandwidth_bps: float
     device_kind: DeviceKind = DeviceKind.CUDA
     release_s: float = 0.0
+    ssd_bytes: int = 10**15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
