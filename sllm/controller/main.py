@@ -107,4 +107,6 @@ def _policy(config: ControllerConfig) -> Policy:
         stable_after_s=config.stable_after_s,
         min_loaded_s=config.min_loaded_s,
         swap_hold_s=config.swap_hold_s,
+        prefetch=config.residency.prefetch,
+        max_copies=config.residency.max_copies,
     )

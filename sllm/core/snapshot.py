@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.popularity import Popularity
 from sllm.core.priority import Priority
@@ -155,6 +155,22 @@ class Revision:
     @property
     def number(self) -> int:
         return self.deployment.revision
+
+    def replica(self, *, id: ReplicaId, generation: int, devices: tuple[DeviceId, ...]) -> ReplicaSpec:  # noqa: A002
+        """What is told to an agent of a replica of this revision."""
+        wish = self.deployment.spec
+        return ReplicaSpec(
+            id=id,
+            deployment=wish.name,
+            revision=self.number,
+            generation=generation,
+            checkpoint=wish.checkpoint,
+            digest=self.deployment.digest,
+            devices=devices,
+            capacity=wish.capacity,
+            max_model_len=self.max_model_len,
+            engine_args=wish.engine_args,
+        )
 
     def made(self, spec: ReplicaSpec) -> bool:
         """True if `spec` is of a replica of this revision. A deleted deployment's numbers may have come again."""

@@ -221,7 +221,8 @@ class Controller:
     def _prepare(self) -> None:
         """Have checkpoints lie where they will be wanted."""
         now = self._events.now
-        plan = residency.decide(self._whole(), self._recent, now)
+        copying = any(node.copying for node in self._nodes.values())
+        plan = residency.decide(self._whole(), self._recent, now, copying=copying)
         self._recent.note(plan, now)
         for prefetch in plan.prefetches:
             self.prefetches += 1

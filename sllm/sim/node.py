@@ -49,6 +49,7 @@ class Node:
         self.spec = spec
         self.up = True
         self.replicas: dict[ReplicaId, Replica] = {}
+        self.copying = False  # a checkpoint is being written
         self.device_s = 0.0  # that devices have been leased, by replicas that are gone
         self._events = events
         self._outside = outside
@@ -97,6 +98,7 @@ class Node:
     def copy(self, checkpoint: Checkpoint) -> None:
         """Put a copy of a checkpoint on SSD, beside everything else: it is written as fast as it could be read."""
         seconds = checkpoint.size_bytes / self.spec.ssd_bandwidth_bps * factor(self._rng, self._load_cv)
+        self.copying = True
         self._events.at(self._events.now + seconds, self._copied, checkpoint, self._incarnation)
 
     def raise_priority(self, replica: ReplicaId, priority: Priority) -> None:
@@ -147,6 +149,7 @@ class Node:
         self.replicas.clear()
         self._queue.clear()
         self._prefetching.clear()
+        self.copying = False
         for replica in gone:
             self._account(replica)
         self._pool = Pool(self.spec.dram_bytes)
@@ -229,8 +232,9 @@ class Node:
         self._outside.changed(self)
 
     def _copied(self, checkpoint: Checkpoint, incarnation: int) -> None:
-        if not self.up or incarnation != self._incarnation or checkpoint.digest in self._checkpoints:
+        if not self.up or incarnation != self._incarnation:
             return  # its agent was gone meanwhile
+        self.copying = False
         self._checkpoints[checkpoint.digest] = checkpoint
         self._on_ssd = (*self._on_ssd, self._residency(checkpoint.digest, Tier.SSD))
         self._outside.changed(self)
