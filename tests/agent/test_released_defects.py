@@ -1,6 +1,6 @@
 """What the released scheduler of the paper's authors gets wrong, and this agent does not.
 
-The number is that of the list that the project began with; others are in `tests/controller/test_released_defects.py`.
+The number is that of a list that has others too: see `tests/controller/test_released_defects.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the released scheduler of the paper's authors gets wrong, and this controller does not: a test for each defect.
 
-Numbered as the known defects of that release are (docs/architecture.md); 6 is in `tests/agent/test_released_defects.py`.
+The numbers are those of a list that has others too; 6 is in `tests/agent/test_released_defects.py`.
 """
 
 from __future__ import annotations
