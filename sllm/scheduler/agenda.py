@@ -14,7 +14,7 @@ from sllm.core.cluster import Touched
 from sllm.core.ids import DeploymentName
 from sllm.core.index import NO_NODES, Index
 from sllm.core.snapshot import Snapshot
-from sllm.scheduler.plan import Plan, Reason
+from sllm.scheduler.plan import Plan, Reason, StartReplica
 
 _OF_ALL = ("policy", "settled", "loads_fresh", "pinned")
 
@@ -84,6 +84,8 @@ class Agenda:
         for name in snapshot.due or ():
             self.reasons.pop(name, None)
             self._wake_at.pop(name, None)
+        # A replica that comes and goes before the next plan leaves no trace in what that is made from.
+        self._touched |= {action.deployment for action in plan.actions if isinstance(action, StartReplica)}
         self.reasons.update(plan.reasons)
         for name, at in plan.wakes.items():
             self._wake_at[name] = at
