@@ -32,9 +32,10 @@ class Flight:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What a job has seen of its requests. `tried` are destinations at which a migration failed, but for what passes;
-    `errors` the last error of each such request; `refused` are orders in a row that a source's agent did not carry out.
-    `rounds` and `sent_bytes` are those of what has moved."""
+    """What a job has seen of its requests. `finished` are those that their source knew nothing of (any more): they are
+    over, or had not come there yet. `tried` are destinations at which a migration failed, but for what passes; `errors`
+    the last error of each such request; `refused` are orders in a row that a source's agent did not carry out. `rounds`
+    and `sent_bytes` are those of what has moved."""
 
     seen: set[RequestId] = field(default_factory=set)
     moved: set[RequestId] = field(default_factory=set)
@@ -69,6 +70,7 @@ class Flights:
         tally = self.tally(flight.job)
         if report.state is MigrationState.MOVED:
             tally.moved.add(report.request)
+            tally.finished.discard(report.request)
             tally.rounds += report.rounds
             tally.sent_bytes += report.sent_bytes
         elif report.state is MigrationState.FINISHED:

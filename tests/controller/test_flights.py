@@ -70,6 +70,14 @@ def test_what_passes_says_nothing_against_a_destination(error: SllmError):
     assert flights.next_rest_over() == REST_S
 
 
+def test_one_that_had_not_come_to_its_source_yet_counts_once_when_it_moves():
+    flights = begun()
+    flights.report(report("r1", MigrationState.FINISHED))
+    flights.report(report("r1", MigrationState.MOVED))
+    tally = flights.tally("op-1")
+    assert (tally.moved, tally.finished) == ({"r1"}, set())
+
+
 def test_what_has_moved_says_what_it_took():
     flights = begun()
     flights.report(report("r1", MigrationState.ROUNDS, rounds=1, sent_bytes=400))
