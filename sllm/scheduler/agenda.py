@@ -14,6 +14,7 @@ from sllm.core.cluster import Touched
 from sllm.core.ids import DeploymentName
 from sllm.core.index import NO_NODES, Index
 from sllm.core.snapshot import Snapshot
+from sllm.core.startup import NOTHING_LEARNT
 from sllm.scheduler.plan import Plan, Reason, StartReplica
 
 _OF_ALL = ("policy", "settled", "loads_fresh", "pinned")
@@ -30,6 +31,7 @@ class Agenda:
         self._nearby: set[DeploymentName] = set()
         self._wakes: list[tuple[float, DeploymentName]] = []
         self._wake_at: dict[DeploymentName, float] = {}
+        self._learnt = NOTHING_LEARNT
 
     def touch(self, deployment: DeploymentName) -> None:
         """Its requests, or what is wanted of it, have changed."""
@@ -72,6 +74,10 @@ class Agenda:
             self._nodes = NO_NODES
             return replace(snapshot, due=None)
         due, self._touched = self._touched, set()
+        if snapshot.learnt is not self._learnt:
+            # How long requests are held to spare a swap goes by what starts take (`sllm.scheduler.swapping`).
+            self._learnt = snapshot.learnt
+            due |= snapshot.held.keys() & self._wake_at.keys()
         due |= self._whose_time_has_come(now)
         due |= self._for_whom_a_node_has_changed(snapshot, due)
         return replace(snapshot, due=frozenset(due))
