@@ -14,7 +14,7 @@ from sllm.core.cluster import Touched
 from sllm.core.ids import DeploymentName
 from sllm.core.index import NO_NODES, Index
 from sllm.core.snapshot import Snapshot
-from sllm.scheduler.plan import Plan, Reason
+from sllm.scheduler.plan import Plan, Reason, StartReplica
 
 _OF_ALL = ("policy", "settled", "loads_fresh", "pinned")
 
@@ -85,6 +85,8 @@ class Agenda:
             self.reasons.pop(name, None)
             self._wake_at.pop(name, None)
         self.reasons.update(plan.reasons)
+        # A start that comes to nothing before anybody looks again leaves no trace.
+        self._touched |= {action.deployment for action in plan.actions if isinstance(action, StartReplica)}
         for name, at in plan.wakes.items():
             self._wake_at[name] = at
             heapq.heappush(self._wakes, (at, name))

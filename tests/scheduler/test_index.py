@@ -249,6 +249,27 @@ def test_a_plan_of_what_has_changed_is_the_plan_of_everything(make, data):
         events.carry_out(plan)
 
 
+def test_a_start_that_came_to_nothing_before_the_next_look_is_made_again(make):
+    state, agenda = ClusterState(Policy()), Agenda()
+    state.observe(make.node("a").report, now=0.0, wall=0.0)
+    state.deployments["app"] = make.deployment(needed=1)
+
+    def planned():
+        snapshot = state.snapshot(loads={}, held={}, settled=True, loads_fresh=True)
+        agenda.noted(state.touched())
+        due = agenda.due(snapshot, 0.0)
+        plan = reconcile(due, 0.0)
+        agenda.planned(due, plan)
+        return plan.actions
+
+    (first,) = planned()
+    assert isinstance(first, StartReplica)
+    replica = make.replica("x", devices=first.devices, state=None)
+    state.put(replica)
+    state.forget(replica.spec.id)
+    assert planned() == (first,)
+
+
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_a_replica_goes_where_a_look_at_every_node_would_put_it(make, data):
