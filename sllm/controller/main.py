@@ -116,4 +116,8 @@ def _policy(config: ControllerConfig) -> Policy:
         start_backoff_s=config.start_backoff_s,
         max_start_failures=config.max_start_failures,
         stable_after_s=config.stable_after_s,
+        min_loaded_s=config.min_loaded_s,
+        swap_hold_s=config.swap_hold_s,
+        prefetch=config.residency.prefetch,
+        max_copies=config.residency.max_copies,
     )

@@ -12,7 +12,7 @@ from sllm.controller.decisions import Decisions
 from sllm.controller.executor import Executor
 from sllm.controller.flights import Flights
 from sllm.controller.forecast import Forecast
-from sllm.controller.jobs import Jobs
+from sllm.controller.jobs import Job, Jobs
 from sllm.controller.latest import Latest
 from sllm.controller.loads import OVERDUE_S, Loads
 from sllm.controller.recording import Recorder
@@ -29,6 +29,7 @@ from sllm.errors import Conflict, SllmError
 from sllm.scheduler.agenda import Agenda
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Reason
+from sllm.scheduler.residency_plan import Recent
 
 
 class World:
@@ -59,6 +60,10 @@ class World:
         self.estimator = Estimator()
         self.decisions = Decisions()
         self.waits = Waits()
+        self.recent = Recent()
+        # Where checkpoints are to lie is decided again at the first pass after this; a pass before it waits for it.
+        self.prepare_at = clock.monotonic()
+        self.prepare_due = False
         self.tickets: dict[int, Ticket] = {}
         self.table = Latest(RouteTable(epoch=epoch, revision=0))
         self.agenda = Agenda()
@@ -113,6 +118,14 @@ class World:
         except SllmError as error:
             self.not_stored = error
             raise
+
+    async def commit_job(self, ops: Sequence[Op], job: Job) -> None:
+        """Store a job with what else changes by it, and forget the oldest of those that have ended."""
+        excess = self.jobs.excess()
+        await self.commit([*ops, records.put_job(job), *(records.delete_job(old) for old in excess)])
+        for old in excess:
+            self.jobs.drop(old)
+        self.jobs.put(job)
 
     async def _store(self, ops: Sequence[Op]) -> None:
         """The epoch fences: once another controller has opened this store, nothing is written."""

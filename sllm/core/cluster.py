@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.index import NO_NODES, Index, IndexKeeper, Sources
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
+from sllm.core.popularity import Popularity, first_asked
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
@@ -47,6 +48,7 @@ class ClusterState:
         self.nodes: TrackedTable[NodeName, NodeView] = TrackedTable()
         self.replicas: TrackedTable[ReplicaId, ReplicaView] = TrackedTable()
         self.deployments: TrackedTable[DeploymentName, DeploymentView] = TrackedTable()
+        self.popularity: dict[DeploymentName, Popularity] = {}
         self.cordons: dict[NodeName, Cordon] = {}
         self._on_node: dict[NodeName, set[ReplicaId]] = {}
         self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
@@ -86,6 +88,7 @@ class ClusterState:
             loads_fresh=loads_fresh,
             learnt=learnt,
             index=self._followed(sources),
+            popularity=dict(self.popularity),
         )
 
     def touched(self) -> Touched:
@@ -109,6 +112,11 @@ class ClusterState:
         )
         self._index = self._keeper.index(now)
         return self._index
+
+    def asked(self, deployment: DeploymentName, requests: int, now: float) -> None:
+        """Note that so many requests for a deployment have come."""
+        known = self.popularity.get(deployment)
+        self.popularity[deployment] = known.asked(requests, now) if known else first_asked(requests, now)
 
     # -- nodes
 

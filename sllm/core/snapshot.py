@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
+from sllm.core.popularity import Popularity
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
@@ -50,6 +51,10 @@ class Policy:
     start_backoff_s: float = 1.0
     max_start_failures: int = 3
     stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
+    min_loaded_s: float = 1.0  # a replica that is ready for less makes no room for another deployment
+    prefetch: bool = False  # nodes read into memory what their next start would have to read
+    max_copies: int = 1  # of a checkpoint, up to which copies are made unasked; 1: none is
+    swap_hold_s: float = 30.0  # requests are held so long at most so that a kept replica need not make room yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +160,22 @@ class Revision:
     def number(self) -> int:
         return self.deployment.revision
 
+    def replica(self, *, id: ReplicaId, generation: int, devices: tuple[DeviceId, ...]) -> ReplicaSpec:  # noqa: A002
+        """What is told to an agent of a replica of this revision."""
+        wish = self.deployment.spec
+        return ReplicaSpec(
+            id=id,
+            deployment=wish.name,
+            revision=self.number,
+            generation=generation,
+            checkpoint=wish.checkpoint,
+            digest=self.deployment.digest,
+            devices=devices,
+            capacity=wish.capacity,
+            max_model_len=self.max_model_len,
+            engine_args=wish.engine_args,
+        )
+
     def made(self, spec: ReplicaSpec) -> bool:
         """True if `spec` is of a replica of this revision. A deleted deployment's numbers may have come again."""
         wish = self.deployment.spec
@@ -206,8 +227,9 @@ class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
     `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
     of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
-    startup times are estimated from. `due` are the deployments for which there may be anything to do since the last
-    plan; None: all. `index` is what was kept of it (`Index.of`), if it was."""
+    startup times are estimated from; `popularity` has the deployments that were asked for lately. `due` are the
+    deployments for which there may be anything to do since the last plan; None: all. `index` is what was kept of it
+    (`Index.of`), if it was."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -219,6 +241,7 @@ class Snapshot:
     loads_fresh: bool = True
     pinned: frozenset[ReplicaId] = frozenset()
     learnt: Learnt = NOTHING_LEARNT
+    popularity: Mapping[DeploymentName, Popularity] = field(default_factory=dict)
     due: frozenset[DeploymentName] | None = None
     index: Index | None = field(default=None, compare=False, repr=False)
 

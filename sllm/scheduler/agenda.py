@@ -84,6 +84,8 @@ class Agenda:
         for name in snapshot.due or ():
             self.reasons.pop(name, None)
             self._wake_at.pop(name, None)
+        # A replica that comes and goes before the next plan leaves no trace in what that is made from.
+        self._touched |= {action.deployment for action in plan.actions if isinstance(action, StartReplica)}
         self.reasons.update(plan.reasons)
         # A start that comes to nothing before anybody looks again leaves no trace.
         self._touched |= {action.deployment for action in plan.actions if isinstance(action, StartReplica)}

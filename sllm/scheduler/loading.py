@@ -116,3 +116,8 @@ def load_bytes(learnt: Learnt, entry: NodeEntry, digest: str) -> int:
     """What a load of a checkpoint reads on a node: as the last one did, which may have been in a layout of another
     size, else the copy at rest."""
     return learnt.load_bytes.get((entry.name, digest)) or entry.stored_bytes.get(digest, 0)
+
+
+def load_bytes_on(learnt: Learnt, node: NodeView, digest: str) -> int:
+    """The same, of a node as it was reported."""
+    return learnt.load_bytes.get((node.report.name, digest)) or node.stored_bytes(digest)

@@ -24,6 +24,7 @@ from sllm.scheduler.plan import (
     StopReplica,
 )
 from sllm.scheduler.room import Room
+from sllm.scheduler.swapping import yields_at
 
 # Idle replicas that make room are looked for on so many nodes at a time, the longest unneeded of these first.
 AT_ONCE = 16
@@ -242,10 +243,20 @@ class _Planner:
             needed = max(other.needed, other.current.deployment.spec.min_replicas)
             spared = self._snapshot.pinned
             idle = [r for r in live if r.ready and not self._snapshot.loads.get(r.spec.id) and r.spec.id not in spared]
+            idle = [r for r in idle if self._yields(r, other, view, last=len(live) == 1)]
             unneeded_since = max(other.needed_at[needed:], default=0.0)
             spare = _idlest_first(self._snapshot, idle)[: max(0, len(live) - needed)]
             found.extend((unneeded_since, replica.spec.id, replica) for replica in spare)
         return [replica for _, _, replica in sorted(found, key=lambda entry: entry[:2])]
+
+    def _yields(self, replica: ReplicaView, owner: DeploymentView, newcomer: DeploymentView, *, last: bool) -> bool:
+        """True if it may make room by now; else that is looked at again when it may."""
+        at = yields_at(self._snapshot, replica, owner, newcomer, last=last)
+        if self._now < at:
+            self._wakes.append(at)
+            why = f"{replica.spec.id} of {owner.name} stays loaded for {at - self._now:.1f} s, or until more wait"
+            self._reasons[newcomer.name] = Reason(text="waiting for a free device", detail=why)
+        return self._now >= at
 
     # -- ending
 

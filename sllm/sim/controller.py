@@ -19,10 +19,11 @@ from sllm.core.ids import DeploymentName, NodeName, ReplicaId
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.core.startup import NOTHING_LEARNT, Estimate, Learnt
 from sllm.errors import SllmError
-from sllm.scheduler import autoscale, retry
+from sllm.scheduler import autoscale, residency, retry
 from sllm.scheduler.agenda import Agenda
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.residency_plan import Recent
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
 from sllm.sim.node import Node
@@ -58,6 +59,7 @@ class Controller:
         self._present = len(cluster.present)
         self._estimates: dict[ReplicaId, Estimate] = {}
         self._models: dict[DeploymentName, ModelSpec] = {model.deployment.name: model for model in cluster.models}
+        self._by_digest = {model.checkpoint.digest: model for model in cluster.models}
         self._nodes = nodes
         self._gateway = gateway
         self._events = events
@@ -73,6 +75,9 @@ class Controller:
         self._were_held: set[DeploymentName] = set()
         self._due = True
         self._wakes: set[float] = set()
+        self._recent = Recent()
+        self.prefetches = 0
+        self.copies = 0
         self._passed_at = 0.0
         self._passes_now = 0
         # To count with; plans are made from copies, which nothing can change under them.
@@ -84,6 +89,8 @@ class Controller:
             loads=gateway.loads,
             held=gateway.held,
         )
+        if residency.enabled(self._now_view):
+            events.at(residency.EVERY_S, self._prepare)
 
     # -- news
 
@@ -92,6 +99,10 @@ class Controller:
 
     def touched(self, deployment: DeploymentName) -> None:
         self._touched[deployment] = None
+
+    def asked(self, deployment: DeploymentName) -> None:
+        """A request for it has come."""
+        self._state.asked(deployment, 1, self._events.now)
 
     def heartbeat_missing(self, node: NodeName) -> None:
         """From now on it is not heard of."""
@@ -204,21 +215,42 @@ class Controller:
 
     def _snapshot(self) -> Snapshot:
         """What is known, and what is due."""
-        snapshot = self._state.snapshot(
+        snapshot = self._whole()
+        if self._thorough:
+            return snapshot
+        self._agenda.noted(self._state.touched())
+        return self._agenda.due(snapshot, self._events.now)
+
+    def _whole(self) -> Snapshot:
+        """All that is known."""
+        return self._state.snapshot(
             loads=self._gateway.loads.view(),
             held=self._gateway.held.view(),
             settled=True,
             loads_fresh=True,
             learnt=self._learnt(),
         )
-        if self._thorough:
-            return snapshot
-        self._agenda.noted(self._state.touched())
-        return self._agenda.due(snapshot, self._events.now)
 
     def _learnt(self) -> Learnt:
         learnt = self.estimator.learnt(self._events.now)
         return learnt if self._known is NOTHING_LEARNT else learnt.over(self._known)
+
+    def _prepare(self) -> None:
+        """Have checkpoints lie where they will be wanted."""
+        now = self._events.now
+        copying = any(node.copying for node in self._nodes.values())
+        plan = residency.decide(self._whole(), self._recent, now, copying=copying)
+        self._recent.note(plan, now)
+        for prefetch in plan.prefetches:
+            self.prefetches += 1
+            if self._nodes[prefetch.node].up:
+                self._nodes[prefetch.node].prefetch(prefetch.digest, prefetch.instead_of)
+        for copy in plan.copies:
+            self.copies += 1
+            model = self._by_digest[copy.digest]
+            if self._nodes[copy.node].up:
+                self._nodes[copy.node].copy(model.checkpoint)
+        self._events.at(now + residency.EVERY_S, self._prepare)
 
     def _wake(self, at: float) -> None:
         self._wakes.discard(at)

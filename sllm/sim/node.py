@@ -70,6 +70,7 @@ class Node:
         self.spec = spec
         self.up = True
         self.replicas: dict[ReplicaId, Replica] = {}
+        self.copying = False  # a checkpoint is being written
         self.device_s = 0.0  # that devices have been leased, by replicas that are gone
         self._events = events
         self._outside = outside
@@ -88,6 +89,7 @@ class Node:
         self._told = Told()
         for digest in spec.in_memory:
             self._keep(self._checkpoints[digest])
+        self._prefetching: dict[str, Load] = {}
 
     # -- commands
 
@@ -118,6 +120,28 @@ class Node:
         self.replicas[spec.id] = replica
         if self.spec.device_kind is DeviceKind.CPU:
             self._pin(replica, self._pool.use(spec.digest, self._events.now))
+
+    def prefetch(self, digest: str, instead_of: Sequence[str]) -> None:
+        """Read a checkpoint into memory when nothing else is to be read, if it fits."""
+        for other in instead_of:
+            copy = self._pool.copies.get(other)
+            if copy is not None and not copy.pins:
+                self._pool.drop(copy)
+        if digest in self._pool.copies or self._queue.of(digest) is not None:
+            return
+        load = self._new_load(self._checkpoints[digest], Priority.PREFETCH, self.spec.ssd_bandwidth_bps)
+        if load.copy is not None:  # else nobody would take it out of the ring
+            load.copy.pins += 1
+            load.starts = 1
+            self._prefetching[digest] = load
+            self._queue.put(load)
+            self._outside.changed(self)
+
+    def copy(self, checkpoint: Checkpoint) -> None:
+        """Put a copy of a checkpoint on SSD, beside everything else: it is written as fast as it could be read."""
+        seconds = checkpoint.size_bytes / self.spec.ssd_bandwidth_bps * factor(self._rng, self._load_cv)
+        self.copying = True
+        self._events.at(self._events.now + seconds, self._copied, checkpoint, self._incarnation)
 
     def raise_priority(self, replica: ReplicaId, priority: Priority) -> None:
         found = self.replicas.get(replica)
@@ -166,6 +190,8 @@ class Node:
         gone = list(self.replicas.values())
         self.replicas.clear()
         self._queue.clear()
+        self._prefetching.clear()
+        self.copying = False
         for replica in gone:
             self._account(replica)
         self._pool = Pool(self.spec.dram_bytes)
@@ -199,7 +225,10 @@ class Node:
             self._granted(replica)
             return
         if load is None:
-            load = self._new_load(replica)
+            # The slowest tier on the way says how fast it goes (paper §5.1): the others work at the same time.
+            link_bps = self.spec.dram_bandwidth_bps * len(replica.spec.devices)
+            bandwidth_bps = min(self.spec.ssd_bandwidth_bps, link_bps)
+            load = self._new_load(replica.model.checkpoint, replica.priority, bandwidth_bps)
         self._pin(replica, load.copy)
         replica.load = load
         load.starts += 1
@@ -211,18 +240,14 @@ class Node:
         else:
             self._queue.raise_to(load, replica.priority)
 
-    def _new_load(self, replica: Replica) -> Load:
-        now, size_bytes = self._events.now, replica.model.checkpoint.size_bytes
-        copy = self._pool.make(replica.spec.digest, size_bytes, now)
-        # The slowest tier on the way says how fast it goes (paper §5.1): the others work at the same time.
-        link_bps = self.spec.dram_bandwidth_bps * len(replica.spec.devices)
-        seconds = size_bytes / min(self.spec.ssd_bandwidth_bps, link_bps) * factor(self._rng, self._load_cv)
+    def _new_load(self, checkpoint: Checkpoint, priority: Priority, bandwidth_bps: float) -> Load:
+        now, size_bytes = self._events.now, checkpoint.size_bytes
         return Load(
-            digest=replica.spec.digest,
+            digest=checkpoint.digest,
             size_bytes=size_bytes,
-            priority=replica.priority,
-            copy=copy,
-            left_s=seconds,
+            priority=priority,
+            copy=self._pool.make(checkpoint.digest, size_bytes, now),
+            left_s=size_bytes / bandwidth_bps * factor(self._rng, self._load_cv),
             asked_at=now,
         )
 
@@ -235,6 +260,8 @@ class Node:
         now = self._events.now
         if load.copy is not None:
             load.copy.ready, load.copy.reload_s, load.copy.last_used = True, load.read_s, now
+        if self._prefetching.pop(load.digest, None) is not None and load.copy is not None:
+            load.copy.pins -= 1
         self._read += 1
         self._loads.append(
             LoadReport(
@@ -250,6 +277,15 @@ class Node:
             replica.load = None
             if replica.phase is StartPhase.LOADING:
                 self._build(replica)
+        self._outside.changed(self)
+
+    def _copied(self, checkpoint: Checkpoint, incarnation: int) -> None:
+        if not self.up or incarnation != self._incarnation:
+            return  # its agent was gone meanwhile
+        self.copying = False
+        self._checkpoints[checkpoint.digest] = checkpoint
+        self._on_ssd = (*self._on_ssd, self._residency(checkpoint.digest, Tier.SSD))
+        self._all_checkpoints = tuple(self._checkpoints.values())
         self._outside.changed(self)
 
     def _granted(self, replica: Replica) -> None:
@@ -340,6 +376,11 @@ class Node:
             warm=True,
             devices=self._told.devices(frozenset(self._leased()), self._devices),
             tiers=(
+                TierUsage(
+                    tier=Tier.SSD,
+                    capacity_bytes=self.spec.ssd_bytes,
+                    used_bytes=sum(checkpoint.size_bytes for checkpoint in self._checkpoints.values()),
+                ),
                 TierUsage(tier=Tier.DRAM, capacity_bytes=self._pool.capacity_bytes, used_bytes=self._pool.used_bytes),
             ),
             residencies=self._told.residencies(self._held(), self._residencies),
@@ -363,7 +404,7 @@ class Node:
     def _held(self) -> tuple[object, ...]:
         """What residencies depend on."""
         in_memory = [(copy.digest, copy.ready) for copy in self._pool.copies.values()]
-        return (*in_memory, *[(r.spec.digest, r.state in _SERVING) for r in self.replicas.values()])
+        return (len(self._on_ssd), *in_memory, *[(r.spec.digest, r.state in _SERVING) for r in self.replicas.values()])
 
     def _residencies(self) -> tuple[Residency, ...]:
         return (*self._on_ssd, *self._in_dram(), *self._serving())

@@ -40,6 +40,7 @@ class NodeConfig(Section):
     ssd_bandwidth_bps: float = Field(gt=0, description="of the node: one checkpoint is read at a time")
     dram_bandwidth_bps: float = Field(gt=0, description="from the pool to each device")
     release_s: float = Field(default=0.1, ge=0, description="until a stopped replica's devices are free")
+    ssd_bytes: int = Field(default=10**15, gt=0, description="of the disk: no more copies are made than fit")
 
 
 class ModelConfig(Section):
@@ -150,6 +151,15 @@ class LimitsConfig(Section):
     suspect_s: float = Field(default=6.0, gt=0)
     dead_s: float = Field(default=15.0, gt=0)
     drain_s: float = Field(default=60.0, ge=0)
+    min_loaded_s: float = Field(default=1.0, ge=0)
+    swap_hold_s: float = Field(default=30.0, ge=0)
+
+
+class ResidencyConfig(Section):
+    """As in the configuration of the controller (docs/configuration.md)."""
+
+    prefetch: bool = False
+    max_copies: int = Field(default=1, ge=1)
 
 
 ArrivalsConfig = Annotated[PoissonConfig | GammaConfig | TraceConfig, Field(discriminator="kind")]
@@ -179,6 +189,7 @@ class ScenarioConfig(WorkloadConfig):
     models: list[ModelConfig] = Field(min_length=1)
     failures: list[FailureConfig] = Field(default_factory=list)
     limits: LimitsConfig = LimitsConfig()
+    residency: ResidencyConfig = ResidencyConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +241,10 @@ def _cluster(config: ScenarioConfig) -> Cluster:
             suspect_s=limits.suspect_s,
             dead_s=limits.dead_s,
             drain_s=limits.drain_s,
+            min_loaded_s=limits.min_loaded_s,
+            swap_hold_s=limits.swap_hold_s,
+            prefetch=config.residency.prefetch,
+            max_copies=config.residency.max_copies,
         ),
         timeout_s=limits.queue_timeout_s,
         queue_length=limits.queue_per_deployment,
@@ -249,6 +264,7 @@ def _nodes(group: NodeConfig, place: str) -> Iterable[NodeSpec]:
             ssd_bandwidth_bps=group.ssd_bandwidth_bps,
             dram_bandwidth_bps=group.dram_bandwidth_bps,
             release_s=group.release_s,
+            ssd_bytes=group.ssd_bytes,
         )
 
 
@@ -273,6 +289,7 @@ def _models(group: ModelConfig, nodes: tuple[NodeSpec, ...], place: str) -> Iter
                 dtype="float16",
                 tensor_count=1,
                 max_model_len=group.max_model_len,
+                source=f"simulated:{name}",
             ),
             nodes=tuple(nodes[(number + turn) % len(nodes)].name for turn in range(copies)),
             timing=Timing(

@@ -98,6 +98,7 @@ class Simulation:
     def _come(self) -> None:
         request = Request(number=self._came, arrival=self._arrivals[self._came])
         self._came += 1
+        self.controller.asked(request.arrival.deployment)
         self.gateway.arrive(request)
 
     def _fail(self, failure: Failure) -> None:

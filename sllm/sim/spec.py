@@ -15,9 +15,9 @@ from sllm.core.startup import NOTHING_LEARNT, Learnt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """A GPU server. `dram_bytes` is its pool; `ssd_bandwidth_bps` is of the node (one checkpoint is read at a time),
-    `dram_bandwidth_bps` of each device's link; a stopped replica's devices are free after `release_s`. The digests
-    `in_memory` are in the pool when the simulation begins."""
+    """A GPU server. `dram_bytes` is its pool, `ssd_bytes` the size of its disk; `ssd_bandwidth_bps` is of the node (one
+    checkpoint is read at a time), `dram_bandwidth_bps` of each device's link; a stopped replica's devices are free
+    after `release_s`. The digests `in_memory` are in the pool when the simulation begins."""
 
     name: NodeName
     devices: int
@@ -28,6 +28,7 @@ class NodeSpec:
     device_kind: DeviceKind = DeviceKind.CUDA
     release_s: float = 0.0
     in_memory: tuple[str, ...] = ()
+    ssd_bytes: int = 10**15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

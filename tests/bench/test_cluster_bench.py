@@ -18,6 +18,8 @@ from pieces import Pieces
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.e2e
+@pytest.mark.timeout(400)
 def test_the_quick_run_tells_of_every_policy_and_writes_nothing(tmp_path):
     before = sorted((ROOT / "bench" / "results").iterdir())
     command = [sys.executable, ROOT / "bench" / "cluster.py", "--quick", "--seeds", "1", "--traces", tmp_path]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.device import DeviceKind
@@ -35,6 +35,7 @@ learnts = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(learnts)
 def test_what_is_learnt_comes_back_exactly(learnt):
     again = from_plain(Learnt, json.loads(json.dumps(to_plain(learnt))))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+import pytest
 from e2e.cluster import DEMO_MODEL, running
 
 from sllm.sim.policies import ours
 from sllm.sim.replay import differences, read_record
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 MODELS = ("red", "green", "blue")
 
