@@ -27,7 +27,7 @@ from sllm.scheduler.room import Room
 from sllm.scheduler.swapping import yields_at
 
 # Idle replicas that make room are looked for on so many nodes at a time, the longest unneeded of these first.
-AT_ONCE = 32
+AT_ONCE = 16
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
@@ -234,7 +234,8 @@ class _Planner:
         if view.name not in self._snapshot.held or not self._snapshot.loads_fresh:
             return []
         found: list[tuple[float, str, ReplicaView]] = []
-        for name in sorted({replica.spec.deployment for replica in there if replica.ready}):
+        loads = self._snapshot.loads
+        for name in sorted({r.spec.deployment for r in there if r.ready and not loads.get(r.spec.id)}):
             other = self._snapshot.deployments.get(name)
             if other is None or other.name == view.name or other.name in self._snapshot.held:
                 continue

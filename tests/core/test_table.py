@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.table import Table, TrackedTable
@@ -13,6 +13,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["set", "delete", "view"]), KEYS, st.
 
 
 @given(STEPS)
+@settings(deadline=None)
 def test_it_does_what_a_dict_does_and_no_view_ever_changes(steps):
     table, model = Table(), {}
     views = []
@@ -31,6 +32,7 @@ def test_it_does_what_a_dict_does_and_no_view_ever_changes(steps):
 
 
 @given(STEPS)
+@settings(deadline=None)
 def test_a_tracked_one_tells_what_has_changed_and_what_was_there_before(steps):
     table, model, since = TrackedTable({"a": 0}), {"a": 0}, {}
     assert table.changes() == {"a": None}

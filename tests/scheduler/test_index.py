@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllm.core.cluster import ClusterState
@@ -232,7 +232,7 @@ EVENTS = (
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_plan_of_what_has_changed_is_the_plan_of_everything(make, data):
     """And the index is the one that is made anew from all there is."""
     events = Events(make, data)
@@ -249,8 +249,29 @@ def test_a_plan_of_what_has_changed_is_the_plan_of_everything(make, data):
         events.carry_out(plan)
 
 
+def test_a_start_that_came_to_nothing_before_the_next_look_is_made_again(make):
+    state, agenda = ClusterState(Policy()), Agenda()
+    state.observe(make.node("a").report, now=0.0, wall=0.0)
+    state.deployments["app"] = make.deployment(needed=1)
+
+    def planned():
+        snapshot = state.snapshot(loads={}, held={}, settled=True, loads_fresh=True)
+        agenda.noted(state.touched())
+        due = agenda.due(snapshot, 0.0)
+        plan = reconcile(due, 0.0)
+        agenda.planned(due, plan)
+        return plan.actions
+
+    (first,) = planned()
+    assert isinstance(first, StartReplica)
+    replica = make.replica("x", devices=first.devices, state=None)
+    state.put(replica)
+    state.forget(replica.spec.id)
+    assert planned() == (first,)
+
+
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_replica_goes_where_a_look_at_every_node_would_put_it(make, data):
     events = Events(make, data)
     for _ in range(data.draw(st.integers(3, 12))):
@@ -269,7 +290,7 @@ def test_a_replica_goes_where_a_look_at_every_node_would_put_it(make, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_of_many_nodes_one_of_those_that_have_it_in_memory_is_taken_if_any_has(make, data):
     """Not all are looked at then: among those that have it in memory the estimate is the least there is."""
     count = data.draw(st.integers(placement.LOOKED_AT + 1, 60))
