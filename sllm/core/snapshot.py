@@ -6,12 +6,13 @@ Times are seconds of the controller's monotonic clock, except `last_seen`, which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId, RequestId
+from sllm.core.migration import Outlook
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
@@ -46,13 +47,16 @@ class Policy:
     start_backoff_s: float = 1.0
     max_start_failures: int = 3
     stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
+    displace: bool = True  # move what runs, where that lets requests that wait begin sooner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
     """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet;
     `ready_at`: when one first showed it ready. `priority` is that of its start, as far as its agent surely knows it.
-    `leaving`: its node drains; it gets no new requests, and is told to end when it has none."""
+    `room_for`: the deployment that waits for its devices. It is `displaced` while its requests are moved away for that;
+    one whose displacement was given up is none again before `spared_until`. `leaving`: it is displaced, or its node
+    drains; it gets no new requests, and is told to end when it has none."""
 
     spec: ReplicaSpec
     node: NodeName
@@ -63,6 +67,13 @@ class ReplicaView:
     status: ReplicaStatus | None = None
     ready_at: float | None = None
     leaving: bool = False
+    room_for: DeploymentName | None = None
+    spared_until: float = 0.0
+
+    @property
+    def displaced(self) -> bool:
+        """True if it is emptied for another deployment; that can be taken back until it is told to end."""
+        return self.room_for is not None and self.intent is Intent.RUN
 
     @property
     def state(self) -> ReplicaState:
@@ -202,7 +213,8 @@ class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
     `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
     of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
-    startup times are estimated from."""
+    startup times are estimated from. `running` is what is expected of the requests of each replica: known only while
+    requests of other deployments are held, for which they might give way."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -214,6 +226,7 @@ class Snapshot:
     loads_fresh: bool = True
     pinned: frozenset[ReplicaId] = frozenset()
     learnt: Learnt = NOTHING_LEARNT
+    running: Mapping[ReplicaId, Mapping[RequestId, Outlook]] = field(default_factory=dict)
 
     def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
         """Replicas of each deployment, the oldest first."""

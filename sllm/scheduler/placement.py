@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sllm.core.decision import Candidate, WaitsOn
-from sllm.core.device import Device, DeviceState
+from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import DeviceId, NodeName
 from sllm.core.node import NodeState
 from sllm.core.priority import Priority
@@ -90,42 +90,56 @@ def place(
 
 
 def _option(room: Room, node: NodeView, view: DeploymentView, priority: Priority) -> _Option:
-    name, digest = node.report.name, view.current.deployment.digest
-    devices = tuple(_usable(room, node, view)[: view.current.deployment.spec.devices])
-    turn = room.queues.turn(node, digest, priority)
-    start = Start(
-        node=name,
-        warm=node.report.warm,
-        kind=devices[0].kind,
-        digest=digest,
-        tier=Tier.SSD if turn.size_bytes else Tier.DRAM,
-        size_bytes=turn.size_bytes,
-        ahead_bytes=turn.ahead_bytes,
-    )
+    devices = tuple(usable(room, node, view)[: view.current.deployment.spec.devices])
     return _Option(
         node=node,
         devices=devices,
-        estimate=estimate(room.learnt, start),
-        count=room.count(name),
-        avoided=view.failures is not None and name in view.failures.nodes,
+        estimate=startup(room, node, view, devices[0].kind, priority),
+        count=room.count(node.report.name),
+        avoided=avoided(node, view),
     )
+
+
+def startup(
+    room: Room, node: NodeView, view: DeploymentView, kind: DeviceKind, priority: Priority, *, behind_bytes: int = 0
+) -> Estimate:
+    """What a start on devices of this kind there is expected to take, whether any is free or not. `behind_bytes` are
+    read first besides what the room knows of."""
+    digest = view.current.deployment.digest
+    turn = room.queues.turn(node, digest, priority)
+    start = Start(
+        node=node.report.name,
+        warm=node.report.warm,
+        kind=kind,
+        digest=digest,
+        tier=Tier.SSD if turn.size_bytes else Tier.DRAM,
+        size_bytes=turn.size_bytes,
+        ahead_bytes=turn.ahead_bytes + behind_bytes,
+    )
+    return estimate(room.learnt, start)
+
+
+def avoided(node: NodeView, view: DeploymentView) -> bool:
+    """True if the last start there failed."""
+    return view.failures is not None and node.report.name in view.failures.nodes
 
 
 def _best(options: Sequence[_Option], digest: str) -> _Option:
     pool = [option for option in options if not option.avoided] or options
     if any(option.estimate.guessed for option in pool):
         return min(pool, key=lambda option: _rule(option, digest))
-    limit = _near(min(option.estimate.total_s for option in pool))
-    near = [option for option in pool if option.estimate.total_s <= limit]
+    limit = near(min(option.estimate.total_s for option in pool))
+    close = [option for option in pool if option.estimate.total_s <= limit]
     # The disk is left to those that need it.
-    return min(near, key=lambda option: (option.reads, option.count, option.name))
+    return min(close, key=lambda option: (option.reads, option.count, option.name))
 
 
 def _rule(option: _Option, digest: str) -> tuple[bool, int, int, str]:
     return (not option.node.report.warm, -(option.node.tier_of(digest) or Tier.SSD), option.count, option.name)
 
 
-def _near(seconds: float) -> float:
+def near(seconds: float) -> float:
+    """What is no more than this is as good as `seconds`."""
     return seconds * (1 + NEAR) + NEAR_S
 
 
@@ -140,7 +154,7 @@ def _why_not(option: _Option, best: _Option) -> str:
     if option.estimate.guessed or best.estimate.guessed:
         return f"{best.name} is preferred"
     words = in_words(option.estimate)
-    if option.estimate.total_s > _near(best.estimate.total_s):
+    if option.estimate.total_s > near(best.estimate.total_s):
         return words
     if option.reads > best.reads:
         advantage = "has it in memory"
@@ -163,7 +177,8 @@ def device_bytes(view: DeploymentView) -> int:
     return -(-view.current.size_bytes // view.current.deployment.spec.devices)
 
 
-def _usable(room: Room, node: NodeView, view: DeploymentView) -> list[Device]:
+def usable(room: Room, node: NodeView, view: DeploymentView) -> list[Device]:
+    """Free devices that are large enough."""
     return [device for device in room.free(node) if device.memory_bytes >= device_bytes(view)]
 
 
@@ -173,17 +188,17 @@ def _refusal(room: Room, node: NodeView, view: DeploymentView) -> Candidate | No
     if node.state is not NodeState.READY:
         return Candidate(node=name, refused=f"it is {node.state.value}", waits_on=WaitsOn.NODES)
     wanted, needed = view.current.deployment.spec.devices, device_bytes(view)
-    usable, free = len(_usable(room, node, view)), len(room.free(node))
-    if usable >= wanted:
+    fit, free = len(usable(room, node, view)), len(room.free(node))
+    if fit >= wanted:
         return None
     sizes = [device.memory_bytes for device in node.report.devices if device.state is not DeviceState.LOST]
     large = sum(size >= needed for size in sizes)
     if large < min(wanted, len(sizes)):
         text = f"{large} of {wanted} devices have the {needed} bytes that are needed, the largest has {max(sizes)}"
         return Candidate(node=name, refused=text, waits_on=WaitsOn.MEMORY)
-    too_small = f", and {free - usable} with less than the {needed} bytes that are needed" if free > usable else ""
+    too_small = f", and {free - fit} with less than the {needed} bytes that are needed" if free > fit else ""
     closed = f", {len(node.cordon.devices)} cordoned" if node.cordon.devices else ""
-    text = f"{usable} of {wanted} devices are free{too_small}{closed}"
+    text = f"{fit} of {wanted} devices are free{too_small}{closed}"
     return Candidate(node=name, refused=text, waits_on=WaitsOn.DEVICES)
 
 

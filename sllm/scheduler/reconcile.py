@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sllm.core.decision import Candidate
 from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import Scale, scale
+from sllm.scheduler.covering import Way
+from sllm.scheduler.displacement import RELEASE_S, Givers, Relief, Reliever
 from sllm.scheduler.estimate import in_words
 from sllm.scheduler.placement import Placement, Waiting, place, refusals
 from sllm.scheduler.plan import (
     Action,
     DrainReplica,
+    KeepReplica,
+    MoveRequests,
     Plan,
     RaisePriority,
     Reason,
@@ -21,6 +26,7 @@ from sllm.scheduler.plan import (
     StartReplica,
     StopReplica,
 )
+from sllm.scheduler.refuge import Refuge
 from sllm.scheduler.room import Room
 
 
@@ -30,6 +36,7 @@ def reconcile(snapshot: Snapshot, now: float) -> Plan:
     planner.commands()
     for view in _by_urgency(snapshot):
         planner.deployment(view)
+    planner.stays()
     return planner.plan()
 
 
@@ -50,6 +57,7 @@ class _Planner:
         self._snapshot = snapshot
         self._now = now
         self._room = Room(snapshot)
+        self._reliever = Reliever(snapshot, self._room, now)
         self._replicas = snapshot.replicas_by_deployment()
         self._actions: list[Action] = []
         self._reasons: dict[DeploymentName, Reason] = {}
@@ -101,14 +109,22 @@ class _Planner:
         """Start what is missing; return outdated replicas that were let go to make room for it."""
         missing = min(wanted.needed - len(current), self._allowed_starts(view, current, wanted))
         awaited = self._awaited_starts(view) - sum(r.starting for r in current)
+        outdated = [r for r in _idlest_first(self._snapshot, outdated) if r.spec.id not in self._ended]
+        let_go: list[ReplicaView] = []
         for number in range(missing):
             priority = Priority.REQUEST if number < awaited else Priority.PREWARM
             placement = place(self._room, view, priority=priority)
-            if isinstance(placement, Waiting):
+            held = number < awaited and self._snapshot.loads_fresh
+            givers = Givers(outdated=outdated, spare=lambda: self._spare_elsewhere(view), held=held)
+            relief = self._reliever.relief(view, placement, givers, priority)
+            if relief is not None:
+                let_go += self._relieve(view, relief, priority, placement)
+            elif isinstance(placement, Waiting):
                 self._reasons[view.name] = Reason(text=placement.text, detail=refusals(placement.candidates))
-                return self._make_room(view, outdated)
-            self._start(view, placement, priority)
-        return []
+                break
+            else:
+                self._start(view, placement, priority)
+        return let_go
 
     def _awaited_starts(self, view: DeploymentView) -> int:
         """Return for how many starts the held requests wait; starts beyond them are ahead of requests."""
@@ -164,24 +180,58 @@ class _Planner:
             )
         )
 
-    def _make_room(self, view: DeploymentView, outdated: Sequence[ReplicaView]) -> list[ReplicaView]:
-        """No device is free: let replicas go whose devices the new one will take. Return the outdated among them.
+    def _relieve(
+        self, view: DeploymentView, relief: Relief, priority: Priority, placement: Placement | Waiting
+    ) -> list[ReplicaView]:
+        """Let replicas give way, so that a start can follow. Return those that are let go."""
+        devices, digest = relief.devices, view.current.deployment.digest
+        self._room.claim(relief.node, devices, digest, priority)
+        self._reliever.took(relief)
+        detail, candidates = f"{relief.node}: {relief.text}", relief.candidates(placement)
+        self._reasons[view.name] = Reason(text=_waiting_for(relief), detail=detail, candidates=candidates)
+        for give in relief.cover.gives:
+            if give.way is Way.STOP:
+                why = f"makes room for {view.name}, revision {view.current.number}"
+                self._end(give.replica, why, room_for=view.name)
+            elif give.way is Way.MOVE and give.refuge is not None:
+                self._move(view, relief, give.replica, give.refuge)
+        return [give.replica for give in relief.cover.gives if give.way is Way.STOP]
 
-        Its own outdated replicas first; for requests that wait, also what others keep alive without needing it.
-        """
-        leaving = [r for r in self._snapshot.replicas.values() if not r.live or r.spec.id in self._ended]
-        room = self._room.without(leaving)
-        if isinstance(place(room, view), Placement):
-            return []  # room is on its way
-        order = [*_idlest_first(self._snapshot, outdated), *self._spare_elsewhere(view)]
-        for count in range(1, len(order) + 1):
-            placement = place(room.without(order[:count]), view)
-            if isinstance(placement, Placement):
-                chosen = [r for r in order[:count] if r.node == placement.node]
-                for replica in chosen:
-                    self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
-                return [r for r in chosen if r in outdated]
-        return []
+    def _move(self, view: DeploymentView, relief: Relief, replica: ReplicaView, refuge: Refuge) -> None:
+        """What runs on a replica goes on elsewhere: at others of its deployment, or at one that is started for it."""
+        self._ended.add(replica.spec.id)
+        if refuge.start is not None:
+            start = refuge.start
+            why = f"what runs on {replica.spec.id} goes on there: {view.name} needs its devices"
+            self._room.start(start.node, start.devices, start.view.current.deployment.digest, Priority.REQUEST)
+            self._actions.append(
+                StartReplica(
+                    deployment=start.view.name,
+                    node=start.node,
+                    devices=start.devices,
+                    priority=Priority.REQUEST,
+                    why=why,
+                    estimate=start.estimate,
+                    candidates=(Candidate(node=start.node, refused="", estimate=start.estimate),),
+                )
+            )
+        self._actions.append(
+            MoveRequests(
+                replica=replica.spec.id,
+                room_for=view.name,
+                to=refuge.nodes,
+                free_s=refuge.empty_s + RELEASE_S,
+                why=f"{view.name} is ready soonest on {relief.node}, in {relief.text}",
+            )
+        )
+
+    def stays(self) -> None:
+        """Replicas that are emptied for nobody any more stay."""
+        for replica in self._snapshot.replicas.values():
+            name = replica.spec.id
+            if replica.displaced and name not in self._reliever.taken and name not in self._ended:
+                why = f"{replica.room_for} does not wait for its devices any more"
+                self._actions.append(KeepReplica(replica=name, why=why))
 
     def _spare_elsewhere(self, view: DeploymentView) -> list[ReplicaView]:
         """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3)."""
@@ -204,7 +254,7 @@ class _Planner:
 
     def _delete(self, view: DeploymentView, replicas: Sequence[ReplicaView]) -> None:
         for replica in replicas:
-            if replica.live:
+            if replica.live or replica.displaced:
                 self._end(replica, "the deployment is deleted")
         # While nodes may yet report what they run, none is no proof that none is left.
         if not replicas and self._snapshot.settled:
@@ -231,24 +281,28 @@ class _Planner:
             self._end(replica, "not needed any more")
 
     def _leave(self, replica: ReplicaView) -> None:
-        """Its node drains: it ends once nothing runs on it, however long that takes."""
-        status = replica.status
+        """Its node drains, or others need its devices: it ends once nothing runs on it, however long that takes."""
+        status, room_for = replica.status, replica.room_for
+        leaves = f"{room_for} needs its devices" if room_for else "its node drains"
         if status is None or not replica.serves:
-            self._stop(replica, "its node drains")
+            self._ended.add(replica.spec.id)
+            self._stop(replica, leaves, room_for=room_for)
         elif not (status.running or status.waiting or self._snapshot.loads.get(replica.spec.id)):
-            self._actions.append(DrainReplica(replica=replica.spec.id, why="nothing runs on it, and its node drains"))
+            self._ended.add(replica.spec.id)
+            why = f"nothing runs on it, and {leaves}"
+            self._actions.append(DrainReplica(replica=replica.spec.id, why=why, room_for=room_for))
 
-    def _end(self, replica: ReplicaView, why: str) -> None:
+    def _end(self, replica: ReplicaView, why: str, *, room_for: DeploymentName | None = None) -> None:
         if replica.spec.id in self._ended:
             return  # it makes room for another deployment already
         self._ended.add(replica.spec.id)
         if replica.ready:
-            self._actions.append(DrainReplica(replica=replica.spec.id, why=why))
+            self._actions.append(DrainReplica(replica=replica.spec.id, why=why, room_for=room_for))
         else:
-            self._stop(replica, why)
+            self._stop(replica, why, room_for=room_for)
 
-    def _stop(self, replica: ReplicaView, why: str) -> None:
-        self._actions.append(StopReplica(replica=replica.spec.id, why=why))
+    def _stop(self, replica: ReplicaView, why: str, *, room_for: DeploymentName | None = None) -> None:
+        self._actions.append(StopReplica(replica=replica.spec.id, why=why, room_for=room_for))
 
     def _repeat(self, replica: ReplicaView) -> None:
         if replica.command is not Command.DUE:
@@ -259,6 +313,13 @@ class _Planner:
             self._actions.append(DrainReplica(replica=replica.spec.id, why="its end is decided"))
         else:
             self._stop(replica, "its end is decided")
+
+
+def _waiting_for(relief: Relief) -> str:
+    """For who sends requests: it names nobody."""
+    if relief.cover.way is Way.MOVE:
+        return "waiting for devices: what runs there is moved"
+    return "waiting for a free device"
 
 
 def _idlest_first(snapshot: Snapshot, replicas: Sequence[ReplicaView]) -> list[ReplicaView]:

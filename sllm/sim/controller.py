@@ -15,16 +15,29 @@ from random import Random
 from typing import assert_never
 
 from sllm.core.cluster import Changes, ClusterState
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId, RequestId
+from sllm.core.migration import Outlook
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.core.startup import Estimate
 from sllm.errors import SllmError
 from sllm.scheduler import autoscale, retry
+from sllm.scheduler.displacement import SPARED_S
 from sllm.scheduler.estimator import Estimator
-from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import (
+    Action,
+    DrainReplica,
+    KeepReplica,
+    MoveRequests,
+    Plan,
+    RaisePriority,
+    RemoveDeployment,
+    StartReplica,
+    StopReplica,
+)
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
+from sllm.sim.moving import Mover
 from sllm.sim.node import Node
 from sllm.sim.spec import Cluster, ModelSpec
 
@@ -69,6 +82,8 @@ class Controller:
         self._touched: dict[DeploymentName, None] = dict.fromkeys(self._models)
         self._needed: set[DeploymentName] = set()
         self._due = True
+        self._displaced: set[ReplicaId] = set()
+        self._mover = Mover(nodes, gateway, events, self._moved)
         self._wakes: set[float] = set()
         self._passed_at = 0.0
         self._passes_now = 0
@@ -87,6 +102,14 @@ class Controller:
     def changed(self, node: Node) -> None:
         self._dirty[node.spec.name] = node
 
+    @property
+    def migrations(self) -> int:
+        """Requests that were handed over while they ran."""
+        return self._mover.count
+
+    def _moved(self) -> None:
+        self._due = True
+
     def touched(self, deployment: DeploymentName) -> None:
         self._touched[deployment] = None
 
@@ -100,11 +123,16 @@ class Controller:
 
     def settle(self) -> None:
         """Draw the consequences of what happened at this instant, and theirs, until nothing is left to do now."""
+        # How long others run on is looked at anew at every event.
+        self._due = self._due or bool(self._gateway.held or self._displaced)
         for number in itertools.count():
+            for replica in self._displaced:
+                node = self._nodes[self._state.replicas[replica].node]
+                self._dirty[node.spec.name] = node  # what runs there still is in its report
             news = [self._observe(node) for node in self._dirty.values() if node.up]
             self._dirty.clear()
             # Reports in answer to the first plan say what it did.
-            awaited = bool(self._gateway.held) and number == 0
+            awaited = bool(self._gateway.held or self._displaced) and number == 0
             if self._needs_changed() or any(news) or (news and awaited):
                 self._due = True
             if not (self._due or self._thorough):
@@ -135,6 +163,7 @@ class Controller:
 
     def _forgotten(self, view: ReplicaView) -> None:
         self._estimates.pop(view.spec.id, None)
+        self._displaced.discard(view.spec.id)
         self._gateway.close(view.spec.id, view.spec.deployment)
         self._touched[view.spec.deployment] = None
 
@@ -155,7 +184,7 @@ class Controller:
         While nobody waits, a plan depends on loads only by how many replicas they need: which one would go first is
         asked only if one is to go, and then something else has changed.
         """
-        changed = bool(self._touched) and bool(self._gateway.held)
+        changed = bool(self._touched) and bool(self._gateway.held or self._displaced)
         for name in self._touched:
             view = self._state.deployments[name]
             demand = autoscale.demand(self._now_view, view, self._state.of(name))
@@ -183,6 +212,8 @@ class Controller:
         plan = self._decide(self._snapshot(), now, self._rng)
         for action in plan.actions:
             self._act(action)
+        if self._displaced:
+            self._mover.advance(self._snapshot())
         if plan.wake_at is not None and plan.wake_at not in self._wakes:
             self._wakes.add(plan.wake_at)
             self._events.at(plan.wake_at, self._wake, plan.wake_at)
@@ -197,11 +228,23 @@ class Controller:
             loads_fresh=True,
             learnt=self.estimator.learnt(self._events.now),
         )
+        if snapshot.held:
+            snapshot = replace(snapshot, running=self._running(snapshot))
         if self._thorough:
             return snapshot
         running = {replica.spec.deployment for replica in snapshot.replicas.values()}
         names = sorted(running | snapshot.held.keys() | self._needed)
         return replace(snapshot, deployments={name: snapshot.deployments[name] for name in names})
+
+    def _running(self, snapshot: Snapshot) -> dict[ReplicaId, dict[RequestId, Outlook]]:
+        """What is expected of all requests that run."""
+        outlook, found = self._gateway.outlook, {}
+        for replica in snapshot.loads:
+            node = self._nodes[snapshot.replicas[replica].node]
+            there = node.replicas.get(replica)
+            if there is not None and not there.silent:
+                found[replica] = {request.id: outlook(request) for request in there.running.values()}
+        return found
 
     def _wake(self, at: float) -> None:
         self._wakes.discard(at)
@@ -216,9 +259,13 @@ class Controller:
                 self._state.put(replace(view, priority=action.priority))
                 self._nodes[view.node].raise_priority(action.replica, action.priority)
             case DrainReplica():
-                self._end(action.replica, Intent.DRAIN)
+                self._end(action.replica, Intent.DRAIN, action.room_for)
             case StopReplica():
-                self._end(action.replica, Intent.STOP)
+                self._end(action.replica, Intent.STOP, action.room_for)
+            case MoveRequests():
+                self._empty(action)
+            case KeepReplica():
+                self._keep(action.replica)
             case RemoveDeployment():
                 raise SllmError(f"the policy removes {action.deployment}, which nobody has deleted")
             case _:
@@ -257,8 +304,25 @@ class Controller:
             policy=self._state.policy,
         )
 
-    def _end(self, replica: ReplicaId, intent: Intent) -> None:
+    def _empty(self, action: MoveRequests) -> None:
+        """It gets nothing new; what runs there is moved as there is room for it."""
+        self._state.gives_way(action.replica, action.room_for)
+        view = self._state.replicas[action.replica]
+        self._gateway.close(action.replica, view.spec.deployment)
+        self._touched[view.spec.deployment] = None
+        self._displaced.add(action.replica)
+
+    def _keep(self, replica: ReplicaId) -> None:
+        self._state.gives_way(replica, None, spared_until=self._events.now + SPARED_S)
+        self._displaced.discard(replica)
         view = self._state.replicas[replica]
+        if view.ready:
+            self._gateway.open(self._nodes[view.node].replicas[replica])
+
+    def _end(self, replica: ReplicaId, intent: Intent, room_for: DeploymentName | None) -> None:
+        view = self._state.replicas[replica]
+        if room_for is not None:
+            self._state.gives_way(replica, room_for)
         node = self._nodes[view.node]
         self._gateway.close(replica, view.spec.deployment)
         self._touched[view.spec.deployment] = None

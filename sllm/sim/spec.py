@@ -8,6 +8,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec
 from sllm.core.device import DeviceKind
 from sllm.core.ids import DeploymentName, NodeName
+from sllm.core.migration import RecomputeCost
 from sllm.core.snapshot import DeploymentView, Policy, Revision
 
 
@@ -39,6 +40,11 @@ class Timing:
     token_s: float = 0.0
     recompute_token_s: float = 0.0
     recompute_s: float = 0.0
+
+    @property
+    def recompute_cost(self) -> RecomputeCost:
+        """As if it had been measured often."""
+        return RecomputeCost(per_token_s=self.recompute_token_s, fixed_s=self.recompute_s, observations=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
