@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from sllm.core.decision import Candidate
 from sllm.core.device import Device, DeviceState
-from sllm.core.ids import DeviceId, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
 from sllm.core.node import NodeState
 from sllm.core.priority import Priority
 from sllm.core.snapshot import DeploymentView, Intent, NodeView, ReplicaView, Snapshot
@@ -97,6 +97,10 @@ class Reliever:
         displaced = [r for r in snapshot.replicas.values() if r.displaced]
         self._moving_on = Counter(replica.node for replica in displaced)
         self._moving_of = {replica.spec.deployment for replica in displaced}
+
+    def is_moving(self, deployment: DeploymentName) -> bool:
+        """True if what runs on a replica of it is on its way to others of it."""
+        return deployment in self._moving_of
 
     def took(self, relief: Relief) -> None:
         """The planner carries it out."""

@@ -239,7 +239,7 @@ class _Planner:
             return []
         found: list[tuple[float, str, ReplicaView]] = []
         for other in self._snapshot.deployments.values():
-            if other.name == view.name or other.name in self._snapshot.held:
+            if other.name == view.name or other.name in self._snapshot.held or self._reliever.is_moving(other.name):
                 continue
             live = [r for r in self._replicas.get(other.name, []) if r.live and r.spec.id not in self._ended]
             needed = max(other.needed, other.current.deployment.spec.min_replicas)
@@ -275,7 +275,8 @@ class _Planner:
 
     def _retire_surplus(self, current: Sequence[ReplicaView], wanted: Scale) -> None:
         """Only ready replicas go, and not for the sake of ones that are still starting."""
-        ready = _idlest_first(self._snapshot, [r for r in current if r.ready])
+        staying = [r for r in current if r.ready and r.spec.id not in self._ended]
+        ready = _idlest_first(self._snapshot, staying)
         free = [r for r in ready if r.spec.id not in self._snapshot.pinned]
         for replica in free[: max(0, len(ready) - wanted.kept)]:
             self._end(replica, "not needed any more")
