@@ -355,7 +355,7 @@ def _in_words(give: Give) -> str:
     if give.way is Way.MOVE:
         where = ", ".join(give.refuge.nodes) if give.refuge else ""
         return f"{name} moves to {where}"
-    return f"{name} {_WORDS[give.way]}"
+    return f"{name} is being emptied" if give.replica.displaced else f"{name} {_WORDS[give.way]}"
 
 
 _WORDS = {Way.LEAVING: "is leaving", Way.STOP: "makes room", Way.WAIT: "is expected to end"}

@@ -318,7 +318,7 @@ class _Planner:
 
 def _waiting_for(relief: Relief) -> str:
     """For who sends requests: it names nobody."""
-    if relief.cover.way is Way.MOVE:
+    if relief.cover.way is Way.MOVE or any(give.replica.displaced for give in relief.cover.gives):
         return "waiting for devices: what runs there is moved"
     return "waiting for a free device"
 

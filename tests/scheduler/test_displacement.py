@@ -215,7 +215,7 @@ def displaced(make, **fields):
 def test_what_was_decided_goes_on_without_being_decided_again(make):
     plan = reconcile(displaced(make), NOW)
     assert plan.actions == ()
-    assert "rep-x is leaving" in plan.reasons["app"].detail
+    assert "rep-x is being emptied" in plan.reasons["app"].detail
 
 
 def test_a_replica_that_is_empty_ends(make):
