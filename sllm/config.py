@@ -70,6 +70,13 @@ def _needs_tls(tls: TlsConfig | None, addresses: dict[str, str]) -> None:
             raise ValueError(f"{key} = {address!r} is not on loopback, which needs a [tls] section")
 
 
+class ResidencyConfig(Section):
+    """What is done with checkpoints before anybody asks for them."""
+
+    prefetch: bool = Field(default=False, description="nodes read into memory what their next start would have to read")
+    max_copies: int = Field(default=1, ge=1, description="of a checkpoint: up to so many are made unasked; 1: none is")
+
+
 class ControllerConfig(Section):
     listen: Address = "127.0.0.1:7700"
     state_dir: Path
@@ -85,6 +92,10 @@ class ControllerConfig(Section):
     stable_after_s: float = Field(default=10.0, ge=0, description="a replica that dies sooner is a failed start")
     displace: bool = Field(default=True, description="move what runs, if that lets waiting requests begin sooner")
     drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
+    record: Path | None = Field(default=None, description="every plan is appended here, with its snapshot")
+    min_loaded_s: float = Field(default=1.0, ge=0, description="before a replica makes room for another deployment")
+    swap_hold_s: float = Field(default=30.0, ge=0, description="requests are held so long at most to spare a swap")
+    residency: ResidencyConfig = ResidencyConfig()
 
     @model_validator(mode="after")
     def _secure(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -27,6 +28,14 @@ def prctl(option: int, argument: int | bytes) -> None:
 def become_subreaper() -> None:
     """Make this process the parent of every descendant whose own parent is gone. Raises OSError."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def step_back(nice: int) -> None:
+    """Let others have the CPU first: `nice` for this process, and for its session where the kernel schedules by session
+    (autogroup, see sched(7)), which makes the niceness of processes count within their own session only."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
+    with contextlib.suppress(OSError):  # the kernel was built without it
+        Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
 
 
 def start_ticks(pid: int) -> int | None:

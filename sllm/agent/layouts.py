@@ -56,19 +56,27 @@ class Layouts:
 
     async def choose(self, entry: StoredCheckpoint, spec: ReplicaSpec, devices: Sequence[Device]) -> Chosen:
         """Return what to start from. The folder to save to is this start's alone, until `saved` or `given_up`."""
+        found = await self.readable(entry, spec, devices)
+        if isinstance(found, RuntimeLayout):
+            execution_folder = self._store.folder(entry)
+            return Chosen(stored=found, folder=found.folder, execution_folder=execution_folder)
         about = self._warm.about
         if about is None or about.engine not in _ENGINES:
             return self.original(entry)
-        key = _key(spec, devices, about)
-        found = await asyncio.to_thread(self._store.runtime, key)
-        if found is not None:
-            execution_folder = self._store.folder(entry)
-            return Chosen(stored=found, folder=found.folder, execution_folder=execution_folder)
-        work = await asyncio.to_thread(self._work, entry, spec, key)
+        work = await asyncio.to_thread(self._work, entry, spec, _key(spec, devices, about))
         if work is None or str(work) in self._being_saved:
             return self.original(entry)
         self._being_saved.add(str(work))
         return self.original(entry, save_to=str(work))
+
+    async def readable(
+        self, entry: StoredCheckpoint, spec: ReplicaSpec, devices: Sequence[Device]
+    ) -> StoredCheckpoint | RuntimeLayout:
+        """Return what a start like this would read, and begin nothing."""
+        about = self._warm.about
+        if about is None or about.engine not in _ENGINES:
+            return entry
+        return await asyncio.to_thread(self._store.runtime, _key(spec, devices, about)) or entry
 
     def original(self, entry: StoredCheckpoint, *, save_to: str = "") -> Chosen:
         """Return the checkpoint as it was added."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sllm.agent.hosts import EngineHost
 from sllm.agent.launching import Launcher
@@ -20,7 +20,7 @@ from sllm.core.ids import ReplicaId
 from sllm.core.launch import LaunchRecord
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
-from sllm.errors import CapacityExceeded, Conflict, NotFound, SllmError, StaleGeneration, Unavailable
+from sllm.errors import CapacityExceeded, Conflict, InvalidArgument, NotFound, SllmError, StaleGeneration, Unavailable
 from sllm.loader.store import SsdStore
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,21 @@ class Replicas:
             raise
         self._new(spec, devices, priority).start(entry)
         self._on_change()
+
+    async def prefetch(self, spec: ReplicaSpec, instead_of: Sequence[str]) -> None:
+        """Have in memory what a replica like this would read; of `instead_of`, what no replica needs goes for it.
+
+        Raises NotFound, InvalidCheckpoint; InvalidArgument if its devices are not there.
+        """
+        entry = self._store.with_digest(spec.digest)
+        known = {device.id: device for device in self._devices()}
+        devices = [known[device] for device in spec.devices if device in known]
+        if not devices or len(devices) < len(spec.devices):
+            raise InvalidArgument(f"this node does not have the devices {', '.join(spec.devices)}")
+        layout = await self._layouts.readable(entry, spec, devices)
+        unused = [digest for digest in instead_of if digest != spec.digest and not self.using(digest)]
+        log.info("%s is read ahead of requests", entry.checkpoint.name)
+        self._weights.prefetch(layout, instead_of=unused)
 
     def host(self, id: ReplicaId, generation: int) -> EngineHost:  # noqa: A002 - it is one
         """Return the engine host of a replica. Raises NotFound, StaleGeneration; Unavailable if it has none."""

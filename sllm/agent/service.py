@@ -24,6 +24,7 @@ from sllm.rpc.agents import (
     AgentReadLogsRequest,
     GetExecutionFilesRequest,
     MigrateCommand,
+    PrefetchCommand,
     RemoveCheckpointCommand,
     StartReplicaCommand,
     StopReplicaCommand,
@@ -88,6 +89,11 @@ class Agent:
     async def stop_replica(self, request: StopReplicaCommand) -> Empty:
         self._admit(request.epoch)
         self._replicas.stop(request.replica, request.generation, request.drain_s)
+        return Empty()
+
+    async def prefetch(self, request: PrefetchCommand) -> Empty:
+        self._admit(request.epoch)
+        await self._replicas.prefetch(request.spec, request.instead_of)
         return Empty()
 
     async def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -79,10 +79,13 @@ class Weights:
         if self._process.is_there:
             self._spawn(lambda: self._raise(checkpoint, priority), f"the load of {checkpoint} is not raised")
 
-    def prefetch(self, stored: StoredCheckpoint | RuntimeLayout, *, partition: int = 0) -> None:
-        """Have it in memory when it may soon be wanted. Returns at once; a failure is only logged."""
+    def prefetch(
+        self, stored: StoredCheckpoint | RuntimeLayout, *, partition: int = 0, instead_of: Sequence[str] = ()
+    ) -> None:
+        """Have it in memory when it may soon be wanted; checkpoints in `instead_of` (by digest) leave it first. Returns
+        at once; a failure is only logged."""
         wanted = self._wanted(stored, partition, Priority.PREFETCH, 0.0)
-        self._spawn(lambda: self._prefetch(wanted), f"{wanted.folder} is not prefetched")
+        self._spawn(lambda: self._prefetch(wanted, instead_of), f"{wanted.folder} is not prefetched")
 
     async def verify(
         self, stored: StoredCheckpoint, progress: Callable[[int, int], None], *, deep: bool = False
@@ -207,7 +210,9 @@ class Weights:
         await asyncio.to_thread(_withdraw, self._store, damaged)
         self._on_change()
 
-    async def _prefetch(self, wanted: Wanted) -> None:
+    async def _prefetch(self, wanted: Wanted, instead_of: Sequence[str]) -> None:
+        if instead_of:
+            await self._forget({entry.digest for entry in self._entries if entry.checkpoint in instead_of})
         granted = await self._open(wanted)
         if granted.grant.is_ring:  # too little memory to keep it, and nobody to take it out
             granted.close()

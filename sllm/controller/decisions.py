@@ -35,7 +35,7 @@ class Decisions:
             why=action.why,
             estimate=action.estimate,
             candidates=told,
-            omitted=len(action.candidates) - len(told),
+            omitted=max(action.holders, len(action.candidates)) - len(told),
         )
         self._of.setdefault(spec.deployment, deque()).append(spec.id)
         self._by_replica[spec.id] = decision

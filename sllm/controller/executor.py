@@ -18,7 +18,7 @@ from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Intent
 from sllm.errors import DeadlineExceeded, SllmError, Unavailable
-from sllm.rpc.agents import AgentClient, MigrateCommand, StartReplicaCommand, StopReplicaCommand
+from sllm.rpc.agents import AgentClient, MigrateCommand, PrefetchCommand, StartReplicaCommand, StopReplicaCommand
 from sllm.rpc.transport import Tls
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ class Executor:
     def end(self, address: str, spec: ReplicaSpec, intent: Intent, drain_s: float) -> None:
         command = StopReplicaCommand(epoch=self.epoch, replica=spec.id, generation=spec.generation, drain_s=drain_s)
         self.spawn(self._command(spec.id, intent, self.client(address).stop_replica(command)))
+
+    def prefetch(self, address: str, spec: ReplicaSpec, instead_of: tuple[str, ...]) -> None:
+        """Have a node read ahead. Nobody waits for it: a failure is only logged."""
+        command = PrefetchCommand(epoch=self.epoch, spec=spec, instead_of=instead_of)
+        self.spawn(_best_effort(self.client(address).prefetch(command), f"{spec.checkpoint} is not read ahead"))
 
     def migrate(self, address: str, order: MigrationOrder) -> None:
         """Have requests moved, and tell of each as it goes."""
@@ -100,6 +105,12 @@ class Executor:
                     self.post(MigrationReported(report=report))
         except TimeoutError:
             raise DeadlineExceeded(f"the source of {order.id} did not end it in time") from None
+
+
+async def _best_effort(call: Awaitable[object], otherwise: str) -> None:
+    error = await outcome(call)
+    if error is not None:
+        log.warning("%s: %s", otherwise, error)
 
 
 async def outcome(call: Awaitable[object]) -> SllmError | None:

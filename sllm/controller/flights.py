@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from sllm.core.ids import MigrationId, OperationId, ReplicaId, RequestId
 from sllm.core.migration import OVER, MigrationOrder, MigrationReport, MigrationState
-from sllm.errors import SllmError, error_from
+from sllm.errors import DeadlineExceeded, QueueFull, SllmError, error_from
 
 # After an order that did not bring all away: the gateways' next reports say what there still is to move.
 REST_S = 1.0
+# These say nothing against a destination: it had many rounds to compute, or the order's time came to its end in one.
+_PASSING = (QueueFull, DeadlineExceeded)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,9 +32,9 @@ class Flight:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What a job has seen of its requests. `tried` are destinations at which a migration failed, `errors` the last
-    error of each such request; `refused` are orders in a row that a source's agent did not carry out. `rounds` and
-    `sent_bytes` are those of what has moved."""
+    """What a job has seen of its requests. `tried` are destinations at which a migration failed, but for what passes;
+    `errors` the last error of each such request; `refused` are orders in a row that a source's agent did not carry out.
+    `rounds` and `sent_bytes` are those of what has moved."""
 
     seen: set[RequestId] = field(default_factory=set)
     moved: set[RequestId] = field(default_factory=set)
@@ -72,8 +74,9 @@ class Flights:
         elif report.state is MigrationState.FINISHED:
             tally.finished.add(report.request)
         elif report.state is MigrationState.FAILED:
-            tally.tried[report.request] = (*tally.tried.get(report.request, ()), flight.order.target.replica)
-            tally.errors[report.request] = error_from(report.error_reason, report.error)
+            error = tally.errors[report.request] = error_from(report.error_reason, report.error)
+            if not isinstance(error, _PASSING):
+                tally.tried[report.request] = (*tally.tried.get(report.request, ()), flight.order.target.replica)
         return flight
 
     def end(self, migration: MigrationId, error: SllmError | None, now: float) -> None:

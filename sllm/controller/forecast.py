@@ -68,12 +68,24 @@ class Forecast:
         found = [(kind, e) for (known, kind), e in self._estimates.items() if known == digest]
         return tuple(Recompute(kind=kind, cost=e.cost, error=e.error) for kind, e in sorted(found, key=lambda f: f[0]))
 
+    def costs(self) -> Mapping[Key, RecomputeCost]:
+        """What recomputing takes, of all that is known, by digest and kind of device."""
+        return {key: estimate.cost for key, estimate in self._estimates.items()}
+
     def outlook(self, row: RequestRow, snapshot: Snapshot) -> Outlook:
         """What is expected of a request that runs, if it moved to a replica on devices like those that it is on."""
         replica = snapshot.replicas.get(row.replica) if row.replica else None
         cost = self.cost(replica, snapshot.nodes) if replica else RecomputeCost()
-        progress = Progress(prompt_tokens=row.prompt_tokens, output_tokens=row.output_tokens, interval_s=row.interval_s)
-        left_tokens = self._lengths.left(row.deployment, row.output_tokens, row.max_tokens)
+        choices = max(1, row.choices)
+        progress = Progress(
+            prompt_tokens=row.prompt_tokens,
+            output_tokens=row.output_tokens,
+            interval_s=row.interval_s,
+            choices=choices,
+        )
+        left = self._lengths.left(row.deployment, row.output_tokens, row.max_tokens)
+        # The choices are made side by side.
+        left_tokens = left / choices if left is not None else None
         return outlook(progress, cost, left_tokens=left_tokens, moves=row.moves)
 
 

@@ -5,7 +5,6 @@ What must survive a restart is stored before memory changes and before the answe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -29,9 +28,9 @@ from sllm.controller.routes import targets
 from sllm.controller.store.base import Op
 from sllm.controller.waits import Wait
 from sllm.controller.world import World
-from sllm.core.ids import DeploymentName, OperationId, make_id
+from sllm.core.ids import DeploymentName
 from sllm.core.node import OPEN
-from sllm.core.operation import Operation, OperationState
+from sllm.core.operation import Operation
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.snapshot import Command, DeploymentView, Intent
 from sllm.errors import Cancelled, NotFound
@@ -127,6 +126,9 @@ class Handlers:
 
     async def _load(self, event: ReportLoadRequest) -> None:
         world, now = self._world, self._world.clock.monotonic()
+        for name, count in world.loads.news(event.gateway, event.incarnation, event.requests, event.finished).items():
+            if name in world.cluster.deployments:
+                world.cluster.asked(name, count, now)
         for row in world.loads.report(event.gateway, event.incarnation, event.requests, now):
             world.forecast.finished(row)
         self._world.touched.update(DeploymentName(name) for name, count in event.finished.items() if count)
@@ -282,23 +284,10 @@ class Handlers:
         return job.operation if job else None
 
     def _job(self, request_id: str, kind: str, target: str, **fields: Any) -> Job:
-        wall = self._world.clock.wall()
-        operation = Operation(
-            id=OperationId(make_id("op", os.urandom(8))),
-            kind=kind,
-            target=target,
-            state=OperationState.RUNNING,
-            created_at=wall,
-            updated_at=wall,
-        )
-        return Job(operation=operation, request_ids=(request_id,) if request_id else (), **fields)
+        return jobs.new_job(kind, target, wall=self._world.clock.wall(), request_id=request_id, **fields)
 
     async def _commit(self, ops: list[Op], job: Job) -> None:
-        excess = self._world.jobs.excess()
-        await self._world.commit([*ops, records.put_job(job), *(records.delete_job(old) for old in excess)])
-        for old in excess:
-            self._world.jobs.drop(old)
-        self._world.jobs.put(job)
+        await self._world.commit_job(ops, job)
 
 
 def grant_held(world: World, name: DeploymentName, now: float) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sllm.controller.latest import Latest
-from sllm.core.ids import NodeName, OperationId, ReplicaId, RequestId
+from sllm.core.ids import NodeName, OperationId, ReplicaId, RequestId, make_id
 from sllm.core.operation import Operation, OperationState
 from sllm.errors import NotFound
 
@@ -57,6 +58,19 @@ class Job:
     @property
     def running(self) -> bool:
         return self.operation.state is OperationState.RUNNING
+
+
+def new_job(kind: str, target: str, *, wall: float, request_id: str = "", **fields: Any) -> Job:
+    """A job that begins now, with an id of its own. `fields` are its parameters."""
+    operation = Operation(
+        id=OperationId(make_id("op", os.urandom(8))),
+        kind=kind,
+        target=target,
+        state=OperationState.RUNNING,
+        created_at=wall,
+        updated_at=wall,
+    )
+    return Job(operation=operation, request_ids=(request_id,) if request_id else (), **fields)
 
 
 class Jobs:

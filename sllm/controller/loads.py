@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from sllm.core.ids import ReplicaId, RequestId
+from sllm.core.ids import DeploymentName, ReplicaId, RequestId
 from sllm.core.request import RequestRow, RequestState
 
 OVERDUE_S = 5.0  # gateways report every second
@@ -63,6 +63,23 @@ class Loads:
             if granted.gateway == gateway:
                 self._age(ticket, granted, incarnation, seen=granted.row.id in confirmed)
         return over
+
+    def news(
+        self, gateway: str, incarnation: str, rows: tuple[RequestRow, ...], finished: Mapping[str, int]
+    ) -> Counter[DeploymentName]:
+        """How many requests for each deployment a report is the first to tell of, before it is taken in.
+
+        What has ended since the last one and was not in that has begun since too (or it was read to its end only now:
+        such a one counts twice).
+        """
+        before = self._gateways.get((gateway, incarnation))
+        known = {row.id for row in before.rows} if before else set()
+        named = {row.id for row in rows}
+        came = Counter(row.deployment for row in rows if row.id not in known)
+        over = Counter(row.deployment for row in before.rows if row.id not in named) if before else Counter()
+        for name, count in finished.items():
+            came[DeploymentName(name)] += max(0, count - over[DeploymentName(name)])
+        return +came
 
     def moved(self, request: RequestId, target: ReplicaId) -> None:
         """Count a request at the replica that it was just handed over to, until its gateway reports it there."""

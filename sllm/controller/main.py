@@ -14,6 +14,7 @@ from sllm.controller.clock import Clock
 from sllm.controller.executor import Executor
 from sllm.controller.inbox import Inbox
 from sllm.controller.node_service import ControllerNodes
+from sllm.controller.recording import Recorder
 from sllm.controller.route_service import ControllerRoutes
 from sllm.controller.router import Router
 from sllm.controller.service import ControllerControl
@@ -60,6 +61,15 @@ async def run(config: ControllerConfig, tail: LogTail) -> None:
 @asynccontextmanager
 async def running(config: ControllerConfig, store: StateStore, clock: Clock, tls: Tls | None) -> AsyncIterator[Running]:
     """A controller over a store: all of it but the process. Used by `run` and by tests."""
+    with Recorder(config.record) as recorder:
+        async with _running(config, store, clock, tls, recorder) as controller:
+            yield controller
+
+
+@asynccontextmanager
+async def _running(
+    config: ControllerConfig, store: StateStore, clock: Clock, tls: Tls | None, recorder: Recorder
+) -> AsyncIterator[Running]:
     inbox = Inbox()
     executor = Executor(tls=tls, epoch=await next_epoch(store), post=inbox.post)
     world = World(
@@ -69,6 +79,7 @@ async def running(config: ControllerConfig, store: StateStore, clock: Clock, tls
         router=Router(per_deployment=config.queue_per_deployment, per_gateway=config.queue_per_gateway),
         epoch=executor.epoch,
         executor=executor,
+        recorder=recorder,
     )
     await world.restore()
     services = [
@@ -106,4 +117,8 @@ def _policy(config: ControllerConfig) -> Policy:
         displace=config.displace,
         max_start_failures=config.max_start_failures,
         stable_after_s=config.stable_after_s,
+        min_loaded_s=config.min_loaded_s,
+        swap_hold_s=config.swap_hold_s,
+        prefetch=config.residency.prefetch,
+        max_copies=config.residency.max_copies,
     )

@@ -6,13 +6,12 @@ import logging
 import os
 from dataclasses import replace
 
-from sllm.controller import copying, displacing, moving, progress, records
+from sllm.controller import copying, displacing, moving, preparing, progress, records
 from sllm.controller.handlers import grant_held
 from sllm.controller.routes import routes
 from sllm.controller.world import World
 from sllm.core.ids import ReplicaId, make_id
 from sllm.core.node import OPEN
-from sllm.core.replica import ReplicaSpec
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.errors import DeadlineExceeded
@@ -43,14 +42,18 @@ async def advance(world: World) -> float | None:
     _expire(world, now)
     _refuse(world, now)
     _remember_needs(world, now)
-    plan = reconcile(displacing.foreseen(world, world.snapshot(now)), now)
-    world.reasons = dict(plan.reasons)
+    snapshot = displacing.foreseen(world, world.agenda.due(world.compared(now), now))
+    plan = reconcile(snapshot, now)
+    world.recorder.planned(snapshot, now, plan)
+    world.planned_from = snapshot
+    world.agenda.planned(snapshot, plan)
     await _carry_out(world, plan)
     await _drop_earlier_revisions(world)
     await _move(world, now)
     snapshot = world.snapshot(now)
     _publish(world, snapshot)
     await _judge_jobs(world, snapshot)
+    await preparing.prepare(world, snapshot, now)
     copying.begin(world, snapshot)
     _tell_waiting(world)
     return _wake_at(world, plan, now)
@@ -88,10 +91,11 @@ def _refuse(world: World, now: float) -> None:
 
 
 def _remember_needs(world: World, now: float) -> None:
-    snapshot = world.snapshot(now)
-    replicas = snapshot.replicas_by_deployment()
-    for name, view in snapshot.deployments.items():
-        demand = autoscale.demand(snapshot, view, replicas.get(name, []))
+    """Of those whose requests, replicas or wishes have changed: what others need is what they needed."""
+    snapshot = world.compared(now)
+    for name in sorted(world.agenda.touched(snapshot) | (world.touched & snapshot.deployments.keys())):
+        view = snapshot.deployments[name]
+        demand = autoscale.demand(snapshot, view, world.cluster.of(name))
         remembered = autoscale.remember(view, demand, now)
         world.cluster.deployments[name] = (
             autoscale.kept_warm(remembered, 1, now) if name in world.touched else remembered
@@ -133,19 +137,8 @@ async def _act(world: World, action: Action) -> None:
 def _start(world: World, action: StartReplica) -> None:
     world.generation += 1
     revision = world.cluster.deployments[action.deployment].current
-    wish = revision.deployment.spec
-    spec = ReplicaSpec(
-        id=ReplicaId(make_id("rep", os.urandom(8))),
-        deployment=wish.name,
-        revision=revision.number,
-        generation=world.generation,
-        checkpoint=wish.checkpoint,
-        digest=revision.deployment.digest,
-        devices=action.devices,
-        capacity=wish.capacity,
-        max_model_len=revision.max_model_len,
-        engine_args=wish.engine_args,
-    )
+    id = ReplicaId(make_id("rep", os.urandom(8)))  # noqa: A001 - it is one
+    spec = revision.replica(id=id, generation=world.generation, devices=action.devices)
     log.info("start %s of %s on %s: %s", spec.id, spec.deployment, action.node, action.why)
     world.decisions.made(action, spec, world.clock.wall())
     world.cluster.put(ReplicaView(spec=spec, node=action.node, priority=action.priority))
@@ -174,6 +167,7 @@ def _give_way(world: World, action: DrainReplica | StopReplica) -> None:
 async def _remove(world: World, action: RemoveDeployment) -> None:
     await world.commit([records.delete_deployment(action.deployment)])
     del world.cluster.deployments[action.deployment]
+    world.cluster.popularity.pop(action.deployment, None)
     world.forecast.forget(action.deployment)
     world.decisions.forget(action.deployment)
     log.info("deployment %s is gone", action.deployment)
@@ -234,7 +228,13 @@ def _tell_waiting(world: World) -> None:
 
 
 def _wake_at(world: World, plan: Plan, now: float) -> float | None:
-    times = [plan.wake_at, world.cluster.next_judgement_at(now), world.router.next_deadline()]
+    times = [
+        plan.wake_at,
+        world.agenda.next_wake(),
+        preparing.wake_at(world, now),
+        world.cluster.next_judgement_at(now),
+        world.router.next_deadline(),
+    ]
     if not world.settled(now):
         times.append(world.settle_at)
     if moving_jobs := world.jobs.moving():

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from typing import cast
 
 from sllm.controller import changes, explaining, moves, moving, status
+from sllm.controller.describing import describe
 from sllm.controller.dry_runs import dry_run
 from sllm.controller.inbox import Inbox
 from sllm.controller.world import World
 from sllm.core.decision import DeploymentPlan, Explanation
+from sllm.core.description import ClusterDescription
 from sllm.core.ids import NodeName, ReplicaId
 from sllm.core.migration import MigrationPlan
 from sllm.core.operation import Operation
@@ -110,6 +112,11 @@ class ControllerControl:
 
     async def explain(self, request: ExplainRequest) -> Explanation:
         return explaining.explain(self._world, request.target)
+
+    async def describe_cluster(self, request: Empty) -> ClusterDescription:
+        world = self._world
+        now = world.clock.monotonic()
+        return describe(world.snapshot(now), world.rows().values(), world.forecast, now)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         node, replica = self._located(request.target)

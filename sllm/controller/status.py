@@ -38,7 +38,7 @@ def cluster_status(
         version=VERSION,
         deployments=tuple(_deployment(snapshot, v, replicas.get(v.name, ()), reasons, now) for v in views),
         replicas=tuple(_replica(replica) for name in sorted(replicas) for replica in replicas[name]),
-        nodes=tuple(_node(snapshot.nodes[name]) for name in sorted(snapshot.nodes)),
+        nodes=tuple(node(snapshot.nodes[name]) for name in sorted(snapshot.nodes)),
         estimator=estimator,
     )
 
@@ -126,11 +126,16 @@ def _reason(view: DeploymentView, state: DeploymentState, reasons: Mapping[Deplo
 
 
 def _replica(replica: ReplicaView) -> ReplicaRow:
+    return ReplicaRow(node=replica.node, status=judged(replica))
+
+
+def judged(replica: ReplicaView) -> ReplicaStatus:
+    """What its node last said of a replica, with the state that is decided of it."""
     status = replica.status or ReplicaStatus(spec=replica.spec, state=replica.state)
-    return ReplicaRow(node=replica.node, status=replace(status, state=replica.state))
+    return replace(status, state=replica.state)
 
 
-def _node(view: NodeView) -> Node:
+def node(view: NodeView) -> Node:
     return Node(
         report=view.report,
         state=view.state,

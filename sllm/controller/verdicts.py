@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 from sllm.controller import moves, progress
 from sllm.controller.flights import Tally
@@ -36,10 +37,11 @@ class Scene:
 
 def of_migration(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Operation | SllmError:
     """The operation as it stands, or what ends it."""
-    left = [request for request in job.requests if not _over(request, job, tally, scene)]
-    moved = len(job.requests) - len(left) - len(tally.finished - tally.moved)
+    fates = {request: _fate(request, job, tally, scene) for request in job.requests}
+    left = [request for request, fate in fates.items() if fate is _Fate.LEFT]
+    moved = sum(fate is _Fate.MOVED for fate in fates.values())
     if not left:
-        finished = len(job.requests) - moved
+        finished = len(fates) - moved
         parts = [f"{moved} moved"]
         if finished:
             parts.append(f"{finished} finished first")
@@ -93,14 +95,22 @@ def of_displacement(job: Job, tally: Tally, decision: Decision, scene: Scene) ->
     return replace(job.operation, phase=phase, progress=(moved + finished) / total if total else None)
 
 
-def _over(request: RequestId, job: Job, tally: Tally, scene: Scene) -> bool:
-    if request in tally.moved or request in tally.finished:
-        return True
+class _Fate(Enum):
+    LEFT = auto()
+    MOVED = auto()
+    FINISHED = auto()
+
+
+def _fate(request: RequestId, job: Job, tally: Tally, scene: Scene) -> _Fate:
+    """What has become of a request that is to move. Only its gateway knows that one is over: what ended at its source
+    may have gone on elsewhere, because its engine died."""
+    if request in tally.moved:
+        return _Fate.MOVED
     row = scene.rows.get(request)
     if row is None:
-        return request in tally.seen or scene.complete
+        return _Fate.FINISHED if request in tally.seen or scene.complete else _Fate.LEFT
     replica = scene.snapshot.replicas.get(row.replica) if row.replica else None
-    return replica is not None and replica.node == job.nodes[0]
+    return _Fate.MOVED if replica is not None and replica.node == job.nodes[0] else _Fate.LEFT
 
 
 def _stuck(

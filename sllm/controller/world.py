@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sllm.controller import moves, records
@@ -12,9 +12,10 @@ from sllm.controller.decisions import Decisions
 from sllm.controller.executor import Executor
 from sllm.controller.flights import Flights
 from sllm.controller.forecast import Forecast
-from sllm.controller.jobs import Jobs
+from sllm.controller.jobs import Job, Jobs
 from sllm.controller.latest import Latest
 from sllm.controller.loads import OVERDUE_S, Loads
+from sllm.controller.recording import Recorder
 from sllm.controller.router import Router
 from sllm.controller.store.base import Compare, Item, Op, StateStore
 from sllm.controller.tickets import Ticket
@@ -25,20 +26,31 @@ from sllm.core.request import RequestRow
 from sllm.core.route import RouteTable
 from sllm.core.snapshot import Policy, Snapshot
 from sllm.errors import Conflict, SllmError
+from sllm.scheduler.agenda import Agenda
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import Reason
+from sllm.scheduler.residency_plan import Recent
 
 
 class World:
     """Changed by the writer only; read by anyone in its thread, between awaits."""
 
     def __init__(
-        self, *, store: StateStore, clock: Clock, policy: Policy, router: Router, epoch: int, executor: Executor
+        self,
+        *,
+        store: StateStore,
+        clock: Clock,
+        policy: Policy,
+        router: Router,
+        epoch: int,
+        executor: Executor,
+        recorder: Recorder,
     ) -> None:
         self.store = store
         self.clock = clock
         self.policy = policy
         self.executor = executor
+        self.recorder = recorder
         self.cluster = ClusterState(policy)
         self.router = router
         self.loads = Loads()
@@ -48,9 +60,14 @@ class World:
         self.estimator = Estimator()
         self.decisions = Decisions()
         self.waits = Waits()
+        self.recent = Recent()
+        # Where checkpoints are to lie is decided again at the first pass after this; a pass before it waits for it.
+        self.prepare_at = clock.monotonic()
+        self.prepare_due = False
         self.tickets: dict[int, Ticket] = {}
         self.table = Latest(RouteTable(epoch=epoch, revision=0))
-        self.reasons: dict[DeploymentName, Reason] = {}
+        self.agenda = Agenda()
+        self.planned_from: Snapshot | None = None
         # Deployments with requests that began and ended between two reports.
         self.touched: set[DeploymentName] = set()
         self.generation = 0
@@ -63,6 +80,11 @@ class World:
         self.settle_at = clock.monotonic() + policy.suspect_s
         # By then every gateway has reported: what none of them has named is over.
         self.complete_at = clock.monotonic() + OVERDUE_S
+
+    @property
+    def reasons(self) -> Mapping[DeploymentName, Reason]:
+        """What deployments wait for that do not have what they need."""
+        return self.agenda.reasons
 
     def settled(self, now: float) -> bool:
         return not self.awaited or now >= self.settle_at
@@ -82,6 +104,13 @@ class World:
         moving = self.jobs.moving()
         return replace(snapshot, pinned=moves.ends_of(moving, snapshot, self.rows())) if moving else snapshot
 
+    def compared(self, now: float) -> Snapshot:
+        """A snapshot; what it has that the last plan did not see is on the agenda."""
+        snapshot = self.snapshot(now)
+        self.agenda.noted(self.cluster.touched())
+        self.agenda.compare(self.planned_from, snapshot)
+        return snapshot
+
     async def commit(self, ops: Sequence[Op]) -> None:
         """Store changes. If that fails, the writer ends: what it would say from then on might not be stored."""
         try:
@@ -89,6 +118,14 @@ class World:
         except SllmError as error:
             self.not_stored = error
             raise
+
+    async def commit_job(self, ops: Sequence[Op], job: Job) -> None:
+        """Store a job with what else changes by it, and forget the oldest of those that have ended."""
+        excess = self.jobs.excess()
+        await self.commit([*ops, records.put_job(job), *(records.delete_job(old) for old in excess)])
+        for old in excess:
+            self.jobs.drop(old)
+        self.jobs.put(job)
 
     async def _store(self, ops: Sequence[Op]) -> None:
         """The epoch fences: once another controller has opened this store, nothing is written."""

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.index import NO_NODES, Index, IndexKeeper, Sources
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
+from sllm.core.popularity import Popularity, first_asked
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState, ReplicaStatus
 from sllm.core.snapshot import Command, DeploymentView, Held, Intent, NodeView, Policy, ReplicaView, Snapshot
 from sllm.core.startup import NOTHING_LEARNT, Learnt
+from sllm.core.table import TrackedTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,21 +29,41 @@ class Changes:
     gone: tuple[ReplicaView, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touched:
+    """Nodes (a set of an index) and deployments that plans may see otherwise than before."""
+
+    nodes: int = NO_NODES
+    deployments: frozenset[DeploymentName] = frozenset()
+
+
+_NO_CHANGES = Changes()
+
+
 class ClusterState:
     """Mutable, for one writer. The mappings hold immutable values."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.nodes: dict[NodeName, NodeView] = {}
-        self.replicas: dict[ReplicaId, ReplicaView] = {}
-        self.deployments: dict[DeploymentName, DeploymentView] = {}
+        self.nodes: TrackedTable[NodeName, NodeView] = TrackedTable()
+        self.replicas: TrackedTable[ReplicaId, ReplicaView] = TrackedTable()
+        self.deployments: TrackedTable[DeploymentName, DeploymentView] = TrackedTable()
+        self.popularity: dict[DeploymentName, Popularity] = {}
         self.cordons: dict[NodeName, Cordon] = {}
         self._on_node: dict[NodeName, set[ReplicaId]] = {}
         self._of_deployment: dict[DeploymentName, set[ReplicaId]] = {}
+        self._keeper = IndexKeeper()
+        self._index: Index | None = None
+        self._touched = Touched()
 
     def of(self, deployment: DeploymentName) -> list[ReplicaView]:
         """Replicas of one deployment, the oldest first."""
         found = [self.replicas[i] for i in self._of_deployment.get(deployment, ())]
+        return sorted(found, key=lambda r: (r.spec.generation, r.spec.id))
+
+    def replicas_on(self, node: NodeName) -> list[ReplicaView]:
+        """Replicas on one node, the oldest first."""
+        found = [self.replicas[i] for i in self._on_node.get(node, ())]
         return sorted(found, key=lambda r: (r.spec.generation, r.spec.id))
 
     def snapshot(
@@ -52,17 +75,48 @@ class ClusterState:
         loads_fresh: bool,
         learnt: Learnt = NOTHING_LEARNT,
     ) -> Snapshot:
+        """`loads` and `held` are not to change any more."""
+        sources = Sources(self.nodes.view(), self.replicas.view(), self.deployments.view())
         return Snapshot(
             policy=self.policy,
-            nodes=dict(self.nodes),
-            replicas=dict(self.replicas),
-            deployments=dict(self.deployments),
-            loads=dict(loads),
-            held=dict(held),
+            nodes=sources.nodes,
+            replicas=sources.replicas,
+            deployments=sources.deployments,
+            loads=loads,
+            held=held,
             settled=settled,
             loads_fresh=loads_fresh,
             learnt=learnt,
+            index=self._followed(sources),
+            popularity=dict(self.popularity),
         )
+
+    def touched(self) -> Touched:
+        """What has changed since this was last asked, until the last snapshot."""
+        touched, self._touched = self._touched, Touched()
+        return touched
+
+    def _followed(self, now: Sources) -> Index:
+        """The index, after what has changed since the last snapshot."""
+        nodes, replicas, deployments = self.nodes.changes(), self.replicas.changes(), self.deployments.changes()
+        if self._index is not None and not (nodes or replicas or deployments):
+            return self._index
+        changed_nodes = self._keeper.follow(now, nodes=nodes, replicas=replicas, deployments=deployments)
+        changed = {name for name, before in deployments.items() if _asks_anew(before, self.deployments.get(name))}
+        for name, before in replicas.items():
+            view = before or self.replicas.get(name)
+            if view is not None:
+                changed.add(view.spec.deployment)
+        self._touched = Touched(
+            nodes=self._touched.nodes | changed_nodes, deployments=self._touched.deployments | changed
+        )
+        self._index = self._keeper.index(now)
+        return self._index
+
+    def asked(self, deployment: DeploymentName, requests: int, now: float) -> None:
+        """Note that so many requests for a deployment have come."""
+        known = self.popularity.get(deployment)
+        self.popularity[deployment] = known.asked(requests, now) if known else first_asked(requests, now)
 
     # -- nodes
 
@@ -131,7 +185,7 @@ class ClusterState:
         """Add a replica, or replace what is known of it."""
         cordon = self.cordons.get(replica.node)
         leaving = replica.displaced or (cordon is not None and cordon.draining)
-        self.replicas[replica.spec.id] = replace(replica, leaving=leaving)
+        self.replicas[replica.spec.id] = replica if replica.leaving is leaving else replace(replica, leaving=leaving)
         self._on_node.setdefault(replica.node, set()).add(replica.spec.id)
         self._of_deployment.setdefault(replica.spec.deployment, set()).add(replica.spec.id)
 
@@ -154,14 +208,18 @@ class ClusterState:
             known = self._adopt(node, status, now)
             self.put(known)
             return _change(before=None, after=known)
-        after = replace(known, status=status)
+        after = known if status is known.status else replace(known, status=status)
         if known.intent is Intent.RUN:
-            after = replace(after, intent=_intent_seen(status.state))
+            intent = _intent_seen(status.state)
+            if intent is not after.intent:
+                after = replace(after, intent=intent)
             if after.ready and after.ready_at is None:
                 after = replace(after, ready_at=now)
         elif restarted and known.command is Command.DONE:
             # The agent that accepted the command is gone; the one that came after it does not know of it.
             after = replace(after, command=Command.DUE)
+        if after is known:
+            return _NO_CHANGES
         self.put(after)
         return _change(before=known, after=after)
 
@@ -190,9 +248,22 @@ class ClusterState:
         reported = {status.spec.id for status in report.replicas}
         absent = [self.replicas[i] for i in sorted(self._on_node.get(report.name, set()) - reported)]
         gone = [r for r in absent if _is_gone(r, restarted=restarted)]
+        if not gone:
+            return _NO_CHANGES
         for replica in gone:
             self.forget(replica.spec.id)
         return Changes(gone=tuple(gone), failed=tuple(_lost_start(r) for r in gone if r.starting))
+
+
+def _asks_anew(before: DeploymentView | None, after: DeploymentView | None) -> bool:
+    """True if a plan may be another one. That what is needed is needed still only puts off when to look again."""
+    if before is None or after is None:
+        return True
+    return (before.needed, len(before.needed_at)) != (after.needed, len(after.needed_at)) or (
+        before.current is not after.current
+        or before.earlier is not after.earlier
+        or before.failures is not after.failures
+    )
 
 
 def _state(cordon: Cordon) -> NodeState:
@@ -232,11 +303,13 @@ def _change(*, before: ReplicaView | None, after: ReplicaView) -> Changes:
     if after.intent is Intent.RUN and after.state is ReplicaState.FAILED:
         newly = before is None or before.state is not ReplicaState.FAILED
         return Changes(failed=(after,) if newly else (), adopted=adopted)
-    return Changes(adopted=adopted)
+    return Changes(adopted=adopted) if adopted else _NO_CHANGES
 
 
 def _merged(changes: Iterable[Changes]) -> Changes:
-    every = list(changes)
+    every = [change for change in changes if change is not _NO_CHANGES]
+    if not every:
+        return _NO_CHANGES
     return Changes(
         failed=tuple(r for c in every for r in c.failed),
         ready=tuple(r for c in every for r in c.ready),

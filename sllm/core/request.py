@@ -18,7 +18,8 @@ class RequestRow:
     """A row of `sllm requests`; the choices of n > 1 are one row. `node` is filled in by the controller.
 
     `max_tokens` bounds its output, all choices together; `interval_s` is the time between two tokens of one choice.
-    Both are 0 while they are not known. `moves` counts how often it went on on another replica.
+    Both are 0 while they are not known. `moves` counts how often it went on on another replica, `choices` those
+    that are not over.
     """
 
     id: RequestId
@@ -32,3 +33,4 @@ class RequestRow:
     max_tokens: int = 0
     interval_s: float = 0.0
     moves: int = 0
+    choices: int = 1

@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId, RequestId
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId, RequestId
 from sllm.core.migration import Outlook
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
+from sllm.core.popularity import Popularity
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus
 from sllm.core.residency import ResidencyState, Tier
 from sllm.core.startup import NOTHING_LEARNT, Learnt
+
+if TYPE_CHECKING:
+    from sllm.core.index import Index
 
 
 class Intent(StrEnum):
@@ -48,6 +53,10 @@ class Policy:
     max_start_failures: int = 3
     stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
     displace: bool = True  # move what runs, where that lets requests that wait begin sooner
+    min_loaded_s: float = 1.0  # a replica that is ready for less makes no room for another deployment
+    prefetch: bool = False  # nodes read into memory what their next start would have to read
+    max_copies: int = 1  # of a checkpoint, up to which copies are made unasked; 1: none is
+    swap_hold_s: float = 30.0  # requests are held so long at most so that a kept replica need not make room yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +171,22 @@ class Revision:
     def number(self) -> int:
         return self.deployment.revision
 
+    def replica(self, *, id: ReplicaId, generation: int, devices: tuple[DeviceId, ...]) -> ReplicaSpec:  # noqa: A002
+        """What is told to an agent of a replica of this revision."""
+        wish = self.deployment.spec
+        return ReplicaSpec(
+            id=id,
+            deployment=wish.name,
+            revision=self.number,
+            generation=generation,
+            checkpoint=wish.checkpoint,
+            digest=self.deployment.digest,
+            devices=devices,
+            capacity=wish.capacity,
+            max_model_len=self.max_model_len,
+            engine_args=wish.engine_args,
+        )
+
     def made(self, spec: ReplicaSpec) -> bool:
         """True if `spec` is of a replica of this revision. A deleted deployment's numbers may have come again."""
         wish = self.deployment.spec
@@ -213,8 +238,10 @@ class Snapshot:
     """`loads` counts requests per replica. `settled` is False while nodes known before a restart may yet report;
     `loads_fresh` is False while a gateway's report is overdue: then nothing is scaled down. `pinned` replicas are ends
     of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
-    startup times are estimated from. `running` is what is expected of the requests of each replica: known only while
-    requests of other deployments are held, for which they might give way."""
+    startup times are estimated from; `popularity` has the deployments that were asked for lately. `due` are the
+    deployments for which there may be anything to do since the last plan; None: all. `index` is what was kept of it
+    (`Index.of`), if it was. `running` is what is expected of the requests of each replica: known only while requests of
+    other deployments are held, for which they might give way."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -227,6 +254,9 @@ class Snapshot:
     pinned: frozenset[ReplicaId] = frozenset()
     learnt: Learnt = NOTHING_LEARNT
     running: Mapping[ReplicaId, Mapping[RequestId, Outlook]] = field(default_factory=dict)
+    popularity: Mapping[DeploymentName, Popularity] = field(default_factory=dict)
+    due: frozenset[DeploymentName] | None = None
+    index: Index | None = field(default=None, compare=False, repr=False)
 
     def replicas_by_deployment(self) -> dict[DeploymentName, list[ReplicaView]]:
         """Replicas of each deployment, the oldest first."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
 from sllm.core.device import DeviceKind
 from sllm.core.ids import NodeName
 from sllm.core.replica import StartPhase
 from sllm.core.residency import Tier
+
+K = TypeVar("K")
 
 
 class Basis(StrEnum):
@@ -114,6 +116,15 @@ class StartTimes:
     whole: Level | None = None
     rest: Level | None = None
 
+    def over(self, earlier: StartTimes) -> StartTimes:
+        """These, and what only `earlier` has."""
+        return StartTimes(
+            grant=self.grant or earlier.grant,
+            fork=self.fork or earlier.fork,
+            whole=self.whole or earlier.whole,
+            rest=self.rest or earlier.rest,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
@@ -133,6 +144,23 @@ class Learnt:
     warming_anywhere: Level | None = None
     cold_s: Mapping[NodeName, float] = field(default_factory=dict)
     load_bytes: Mapping[tuple[NodeName, str], int] = field(default_factory=dict)
+
+    def over(self, earlier: Learnt) -> Learnt:
+        """All that is learnt here, and what was known `earlier` of the rest."""
+        return Learnt(
+            reading={**earlier.reading, **self.reading},
+            reading_anywhere={**earlier.reading_anywhere, **self.reading_anywhere},
+            starts=_over(self.starts, earlier.starts),
+            starts_of_kind=_over(self.starts_of_kind, earlier.starts_of_kind),
+            warming={**earlier.warming, **self.warming},
+            warming_anywhere=self.warming_anywhere or earlier.warming_anywhere,
+            cold_s=self.cold_s,
+            load_bytes={**earlier.load_bytes, **self.load_bytes},
+        )
+
+
+def _over(these: Mapping[K, StartTimes], earlier: Mapping[K, StartTimes]) -> dict[K, StartTimes]:
+    return {**earlier, **{key: times.over(earlier.get(key, StartTimes())) for key, times in these.items()}}
 
 
 NOTHING_LEARNT: Final = Learnt()

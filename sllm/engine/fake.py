@@ -1,7 +1,8 @@
 """A language model that does not look at its weights: seeded, deterministic, on a clock. For tests of everything around
 an engine. It waits for its weights, though, as any engine does.
 
-The token at output position p is a hash of (prompt, seed, p), so a resumed request goes on exactly as it would have.
+The token at output position p is a hash of (prompt, seed, output before p), so a resumed request goes on exactly as it
+would have, and one that is resumed with a wrong token does not.
 It understands these of vLLM's sampling parameters: max_tokens, min_tokens, seed, stop_token_ids, ignore_eos, logprobs,
 prompt_logprobs, and the end token that a front end put in; it ignores the rest.
 
@@ -145,12 +146,16 @@ class _Row:
         self.resumed = request.num_output_tokens > 0
         self.begun = False
         self.prefill: Prefill | None = None
-        seeded = hashlib.blake2b(json.dumps([self.prompt, params.seed]).encode())
-        self._stem = seeded.digest()
+        self._history = hashlib.blake2b(json.dumps([self.prompt, params.seed]).encode(), digest_size=8)
+        for token in request.token_ids[len(self.prompt) :]:
+            self.had(token)
 
-    def number(self, *path: int) -> int:
-        """Return a 64-bit number that depends on the request and `path` alone."""
-        return int.from_bytes(hashlib.blake2b(self._stem + repr(path).encode(), digest_size=8).digest())
+    def had(self, token: int) -> None:
+        self._history.update(token.to_bytes(4))
+
+    def number(self) -> int:
+        """Return a 64-bit number that depends on the request and its output so far alone."""
+        return int.from_bytes(self._history.digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,18 +237,19 @@ class FakeCore:
             return Output(key=row.key, token_ids=[], finish=ended)
         if row.position == self._settings.crash_at:
             raise RuntimeError(f"told to break at position {row.position}")
-        token = self._token(row, row.position)
+        token = self._token(row)
         output = Output(key=row.key, token_ids=[token], logprobs=self._logprobs(row, [token], row.params.logprobs))
         if not row.resumed and row.prefill is not None:
             output.prefill = row.prefill
             output.prompt_logprobs = self._logprobs(row, row.prompt[1:], row.params.prompt_logprobs)
         row.prefill = None
+        row.had(token)
         row.position += 1
         output.finish = _finish(row.params, token, row.position)
         return output
 
-    def _token(self, row: _Row, position: int) -> int:
-        return _FIRST_TOKEN + row.number(position) % max(1, self._vocab_size - _FIRST_TOKEN)
+    def _token(self, row: _Row) -> int:
+        return _FIRST_TOKEN + row.number() % max(1, self._vocab_size - _FIRST_TOKEN)
 
     def _logprobs(self, row: _Row, tokens: list[int], count: int | None) -> Logprobs | None:
         if count is None:

@@ -240,9 +240,10 @@ class Host:
         )
         connection.send(StepOutputs(outputs=[output], timestamp=time.monotonic(), steps=self._thread.steps))
 
-    def _refusal(self) -> SllmError | None:
+    def _refusal(self) -> Unavailable | None:
+        """Why nothing new is taken. After a failure too it is `Unavailable`: what only came late did not die here."""
         if self._failure is not None:
-            return self._failure
+            return Unavailable(f"{self._launch.spec.id} takes no requests any more: {self._failure.message}")
         return None if self.status.state is ReplicaState.READY else self._away()
 
     def _away(self) -> Unavailable:
@@ -268,7 +269,10 @@ class Host:
         self._migrations.ended(request)
 
     async def recompute(self, request: RecomputeRequest) -> Round:
-        """Do one round of a migration to this replica. Raises StaleGeneration, Unavailable, EngineFailed, QueueFull."""
+        """Do one round of a migration to this replica.
+
+        Raises StaleGeneration, Unavailable if nothing new is taken, and what `Recomputes.run` does.
+        """
         self._check_generation(request.generation)
         refusal = self._refusal()
         if refusal is not None:
@@ -304,6 +308,7 @@ class Host:
         given_up = self._requests.deliver(outputs, time.monotonic(), self._thread.steps)
         if given_up:
             self._thread.abort(given_up)
+        self._migrations.stepped()
         if given_up or any(output.finish for output in outputs):
             self._load_changed()
 

@@ -23,6 +23,7 @@ from sllm.failpoints import failpoint
 from sllm.migration import coordinator, source
 from sllm.migration.policy import Progress
 from sllm.migration.source import (
+    Advanced,
     Begin,
     CalledOff,
     HandOver,
@@ -35,6 +36,8 @@ from sllm.migration.source import (
     Source,
     StopRecompute,
     TimeOver,
+    Waited,
+    Watch,
 )
 from sllm.rpc.engine import EngineClient, RecomputeRequest
 
@@ -82,6 +85,11 @@ class Migrations:
         for order in self._orders:
             order.post(request, RequestEnded())
 
+    def stepped(self) -> None:
+        """An engine step has been sent to the gateways."""
+        for order in self._orders:
+            order.stepped()
+
     def stop(self) -> None:
         """Leave everything where it is: this replica stops."""
         for order in self._orders:
@@ -90,11 +98,12 @@ class Migrations:
 
 @dataclass(slots=True)
 class _Move:
-    """One request of an order. `progress` is the last that was known."""
+    """One request of an order. `progress` is the last that was known; `watch` ends the wait for more of it."""
 
     state: Source
     progress: Progress = _NOTHING
     round: asyncio.Task[None] | None = None
+    watch: asyncio.TimerHandle | None = None
     sent_bytes: int = 0
     predicted_pause_s: float | None = None
 
@@ -134,14 +143,25 @@ class _Order:
             self._events.append((request, event))
             self._work()
 
+    def stepped(self) -> None:
+        """What waits for tokens may have got them."""
+        for request, move in self._moves.items():
+            if move.watch is not None:
+                self.post(request, Advanced(progress=self._progress(request)))
+
+    def _waited(self, request: RequestId) -> None:
+        self.post(request, Waited(progress=self._progress(request)))
+
     def _work(self) -> None:
         """Deal with events, one after the other: what one causes comes after it, not within it."""
         if self._busy or self._over:
             return
         self._busy = True
-        while self._events:
-            self._step(*self._events.popleft())
-        self._busy = False
+        try:
+            while self._events:
+                self._step(*self._events.popleft())
+        finally:
+            self._busy = False
         if self._coordinator.is_over:
             self._over = True
             self._timer.cancel()
@@ -149,11 +169,13 @@ class _Order:
 
     def _step(self, request: RequestId, event: source.Event) -> None:
         move = self._moves[request]
-        was_over = move.state.phase is Phase.OVER
+        before = move.state.phase
         move.state, effects = source.step(move.state, event, self._loop.time())
+        if move.state.phase is not before:
+            self._unwatch(move)
         for effect in effects:
             self._do(request, move, effect)
-        if move.state.phase is Phase.OVER and not was_over:
+        if move.state.phase is Phase.OVER and before is not Phase.OVER:
             self._coordinate(coordinator.Over(request=request))
 
     def _coordinate(self, event: coordinator.Event, why: CalledOff | TimeOver = _CALLED_OFF) -> None:
@@ -192,11 +214,18 @@ class _Order:
             case StopRecompute():
                 if move.round is not None:
                     move.round.cancel()
+            case Watch(until=until):
+                move.watch = self._loop.call_at(until, self._waited, request)
             case HandOver():
                 move.predicted_pause_s = effect.predicted_pause_s
                 self._hand_over(request)
             case Report():
                 self._report(request, effect)
+
+    def _unwatch(self, move: _Move) -> None:
+        if move.watch is not None:
+            move.watch.cancel()
+            move.watch = None
 
     async def _round(self, request: RequestId, asked: tuple[RecomputeRequest, ...]) -> None:
         event: source.Event
@@ -206,7 +235,11 @@ class _Order:
                 round=answered.round, progress=self._progress(request), round_trip_s=answered.round_trip_s
             )
         except SllmError as error:
-            event = RoundFailed(error=error)
+            # A call ends with the order's time: that is nobody's failure.
+            event = RoundFailed(error=error) if self._loop.time() < self._deadline else TimeOver()
+        except Exception:
+            log.exception("a round of %s failed", request)
+            event = RoundFailed(error=SllmError("the round failed"))
         self.post(request, event)
         self._cost = self._moves[request].state.road.cost
 

@@ -22,7 +22,7 @@ from sllm.engine.base import EngineCore, EngineKind, Hooks
 from sllm.engine.host import Host
 from sllm.engine.weights import Weights, open_weights
 from sllm.errors import CapacityExceeded, SllmError
-from sllm.linux import PR_SET_NAME, prctl, start_ticks
+from sllm.linux import PR_SET_NAME, prctl, start_ticks, step_back
 from sllm.rpc import transport
 from sllm.rpc.engine import handlers
 from sllm.rpc.identity import load_tls
@@ -36,6 +36,10 @@ _CLOSE_S = 2.0
 # The kernel counts address space as data. The stacks of an engine's and gRPC's threads (about 50 of 8 MiB) take this
 # much of it and hardly any memory; without it threads could not start, and gRPC waits for its own for ever.
 _STACKS_BYTES = 512 << 20
+
+
+# An engine that computes on the CPU takes all of it. Who brings its tokens to clients needs little, but at once.
+CPU_NICE = 10
 
 
 def become_host(launch: Launch, kind: EngineKind, *, lease_fd: int, feed_fd: int, log_fd: int) -> int:
@@ -67,6 +71,8 @@ def _stand_alone(launch: Launch, log_fd: int) -> None:
     Path(launch.scratch_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
     tempfile.tempdir = os.environ["TMPDIR"] = launch.scratch_dir
     os.environ["OMP_NUM_THREADS"] = str(launch.threads)
+    if launch.device_kind == DeviceKind.CPU:
+        step_back(CPU_NICE)
     if launch.device_kind == DeviceKind.CUDA:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(launch.device_ids)
 

@@ -41,8 +41,11 @@ class Sequence:
 
 
 class Requests:
-    """The table of open sequences. `new_key` gives a key that was never used before; `ended` is called when the last
-    sequence of a request is gone."""
+    """The table of open sequences. `new_key` gives a key that was never used before.
+
+    `ended` is called when the last sequence of a request is gone, and may hand over others: so it is called only when
+    all that goes with that request is gone, and what has been made of others is sent.
+    """
 
     def __init__(self, new_key: Callable[[], int], ended: Callable[[RequestId], None] = lambda _: None) -> None:
         self._new_key = new_key
@@ -84,10 +87,12 @@ class Requests:
     def drop(self, connection: Connection, stream_ids: list[int]) -> list[int]:
         """Forget some requests of a connection; return the keys of those that were open."""
         keys = [connection.keys[stream_id] for stream_id in stream_ids if stream_id in connection.keys]
-        self._forget(keys)
+        self._tell_ended(self._forget(keys))
         return keys
 
-    def _forget(self, keys: list[int]) -> None:
+    def _forget(self, keys: list[int]) -> list[RequestId]:
+        """Return the requests of which nothing is left; `ended` is still to be told."""
+        ended: list[RequestId] = []
         for key in keys:
             sequence = self._open.pop(key)
             del sequence.connection.keys[sequence.stream_id]
@@ -95,7 +100,12 @@ class Requests:
             del others[key]
             if not others:
                 del self._by_request[sequence.request]
-                self._ended(sequence.request)
+                ended.append(sequence.request)
+        return ended
+
+    def _tell_ended(self, requests: list[RequestId]) -> None:
+        for request in requests:
+            self._ended(request)
 
     # --- migration -------------------------------------------------------------------------
 
@@ -119,9 +129,10 @@ class Requests:
         for sequence in self.sequences(request):
             moved = Moved(stream_id=sequence.stream_id, position=sequence.position, target=target)
             shares.setdefault(sequence.connection, []).append(moved)
-        self._forget(keys)
+        ended = self._forget(keys)
         for connection, moves in shares.items():
             connection.send(StepOutputs(moves=moves, timestamp=timestamp, steps=steps))
+        self._tell_ended(ended)
         return keys
 
     # --- steps -----------------------------------------------------------------------------
@@ -133,31 +144,21 @@ class Requests:
         Return the keys of requests that ended because their gateway does not read, for the engine to abort.
         """
         shares: dict[Connection, list[TokenOutput]] = {}
+        ended: list[RequestId] = []
         for output in outputs:
             sequence = self._open.get(output.key)
             if sequence is not None:
-                shares.setdefault(sequence.connection, []).append(self._advance(sequence, output, timestamp))
+                shares.setdefault(sequence.connection, []).append(_advanced(sequence, output, timestamp))
+                if output.finish is not None:
+                    ended += self._forget([output.key])
         given_up: list[int] = []
         for connection, share in shares.items():
             messages = (StepOutputs(outputs=part, timestamp=timestamp, steps=steps) for part in _messages(share))
             if not all(connection.send(message) for message in messages):
-                given_up += self.drop(connection, list(connection.keys))
+                given_up += list(connection.keys.values())
+        ended += self._forget(given_up)
+        self._tell_ended(ended)
         return given_up
-
-    def _advance(self, sequence: Sequence, output: Output, now: float) -> TokenOutput:
-        position = sequence.position
-        sequence.advance(output.token_ids, now)
-        if output.finish is not None:
-            self.drop(sequence.connection, [sequence.stream_id])
-        return TokenOutput(
-            stream_id=sequence.stream_id,
-            position=position,
-            token_ids=output.token_ids,
-            finish=output.finish,
-            logprobs=output.logprobs,
-            prompt_logprobs=output.prompt_logprobs,
-            prefill=output.prefill,
-        )
 
     def beat(self, timestamp: float, steps: int) -> None:
         """Give a sign of life to each gateway that has requests here and has heard nothing since the last beat."""
@@ -175,6 +176,20 @@ class Requests:
         """End every stream."""
         for connection in self._connections:
             connection.close()
+
+
+def _advanced(sequence: Sequence, output: Output, now: float) -> TokenOutput:
+    position = sequence.position
+    sequence.advance(output.token_ids, now)
+    return TokenOutput(
+        stream_id=sequence.stream_id,
+        position=position,
+        token_ids=output.token_ids,
+        finish=output.finish,
+        logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
+        prefill=output.prefill,
+    )
 
 
 def _messages(share: list[TokenOutput]) -> Iterator[list[TokenOutput]]:

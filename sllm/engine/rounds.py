@@ -16,7 +16,7 @@ from sllm.rpc.engine import EngineClient, RecomputeRequest
 def progress_of(sequences: Sequenced[Sequence]) -> Progress:
     """Return where a request stands, of which these sequences are open (at least one)."""
     return Progress(
-        prompt_tokens=sequences[0].num_prompt_tokens,
+        prompt_tokens=sum(each.num_prompt_tokens for each in sequences),
         output_tokens=sum(each.position for each in sequences),
         interval_s=max(each.pace.interval_s or 0.0 for each in sequences),
         choices=len(sequences),

@@ -26,7 +26,7 @@ from sllm.engine import vllm_loader, vllm_resume, vllm_runtime
 from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.vllm_args import engine_config
 from sllm.engine.vllm_errors import build_error
-from sllm.engine.vllm_recompute import Recomputes
+from sllm.engine.vllm_recompute import Entrance, Recomputes
 from sllm.engine.vllm_tokens import engine_request, output_of, sampling_params
 from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed, InvalidArgument, SllmError
@@ -74,7 +74,11 @@ class VllmCore:
         self._prepared: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._grammars_ready = False
         self._ended: list[Output] = []
-        self._recomputes = Recomputes()
+        self._recomputes = Recomputes(
+            Entrance(prepare=self._prepare_recompute, enter=self._enter),
+            block_size=self.block_size,
+            whole=core.vllm_config.scheduler_config.enable_chunked_prefill,
+        )
 
     def add(self, key: int, request: TokenRequest) -> None:
         params = sampling_params(request.sampling_params)
@@ -164,8 +168,8 @@ class VllmCore:
             if future is not None:
                 future.cancel()
         self._ended = [output for output in self._ended if output.key not in keys]
-        self._recomputes.forget(keys)
-        self._core.abort_requests([str(key) for key in keys])
+        pieces = self._recomputes.forget(keys)
+        self._core.abort_requests([str(key) for key in (*keys, *pieces)])
 
     @property
     def has_work(self) -> bool:
@@ -175,16 +179,18 @@ class VllmCore:
 
     def step(self) -> list[Output]:
         refused = self._admit()
-        self._recomputes.enter(self._core.scheduler, self._add_recompute)
+        if (failed := self._recomputes.enter(self._core.scheduler)) is not None:
+            refused.append(failed)
         outputs, self._ended = self._ended + refused, []
         stepped, executed = self._core.step_fn()
         self._core.post_step(executed)
         for client in (stepped or {}).values():
-            outputs += [self._recomputes.strip(output_of(output)) for output in client.outputs]
+            stripped = (self._recomputes.strip(output_of(output)) for output in client.outputs)
+            outputs += [output for output in stripped if output is not None]
         return outputs
 
-    def _add_recompute(self, key: int, request: TokenRequest, params: Any) -> None:
-        self._enter(self._prepare(engine_request(key, request, request.token_ids, params)))
+    def _prepare_recompute(self, key: int, request: TokenRequest, params: Any) -> Any:
+        return self._prepare(engine_request(key, request, request.token_ids, params))
 
     def _admit(self) -> list[Output]:
         """Let the requests in whose grammar is ready; return an output for each one whose grammar is wrong."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sllm.core.ids import DeploymentName, ReplicaId, RequestId
-from sllm.core.route import RouteTarget
+from sllm.core.route import Route, RouteTarget
 from sllm.errors import EngineFailed, NotFound, OperationFailed, SllmError, Unavailable
 from sllm.gateway.balancer import choose, is_stranded
 from sllm.gateway.connection import Connection
@@ -46,6 +46,7 @@ class Dispatcher:
         self.requests = OpenRequests()
         self._held: dict[DeploymentName, dict[RequestId, OpenRequest]] = {}
         self._load: Counter[ReplicaId] = Counter()
+        self._reached: dict[DeploymentName, Route] = {}
         self._draining: SllmError | None = None
         routes.subscribe(self._on_routes)
 
@@ -160,9 +161,19 @@ class Dispatcher:
             request.place(target)
             self.requests.placed()
             self._load[target.replica] += 1
+            self._reach(request.deployment)
         connection = self._connections.to(target, self)
         for sequence in sequences:
             connection.start(sequence)
+
+    def _reach(self, deployment: DeploymentName) -> None:
+        """Have a stream to each of its replicas: who has to go on elsewhere must not wait for handshakes first."""
+        route = self._routes.get(deployment)
+        if route is None or route is self._reached.get(deployment):
+            return
+        self._reached[deployment] = route
+        for target in route.targets:
+            self._connections.to(target, self)
 
     async def _ask(self, request: OpenRequest) -> None:
         try:
@@ -277,6 +288,9 @@ class Dispatcher:
     def _on_routes(self) -> None:
         targets = {t.replica for route in self._routes.all() for t in route.targets}
         self._connections.keep(targets)
+        self._reached = {}
+        for deployment in {request.deployment for request in self.requests.unfinished()}:
+            self._reach(deployment)
         for deployment in list(self._held):
             if self._routes.get(deployment) is None:
                 for request in list(self._held[deployment].values()):

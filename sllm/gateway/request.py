@@ -150,6 +150,7 @@ class OpenRequest:
             max_tokens=self.max_tokens,
             interval_s=max((s.pace.interval_s or 0.0 for s in self.sequences.values()), default=0.0),
             moves=self.moves,
+            choices=max(1, len(self.sequences)),
         )
 
 

@@ -1,9 +1,12 @@
 """One request at the source of its migration: rounds, then the handover, or it stays (paper §5). Pure.
 
-    WAITING --Begin--> ROUND --RoundEnded--> ROUND ... --RoundEnded--> OVER (handed over)
+    WAITING --Begin--> ROUND --RoundEnded--> ROUND ... --RoundEnded--> LEAVING --Advanced--> OVER (handed over)
+                       FILLING --Advanced--> ROUND
 
-From every state it may end without having moved: the request ends first, the destination fails, it is called off, its
-time is over. Nothing has to be undone then but a round under way: the request was decoding here all the time.
+FILLING waits until a block is full, for the last round; LEAVING for the next token, so that the handover comes just
+behind one. From every state it may end without having moved: the request ends first, the destination fails, it is
+called off, its time is over. Nothing has to be undone then but a round under way: the request was decoding here all the
+time.
 """
 
 from __future__ import annotations
@@ -16,18 +19,25 @@ from typing import Any
 from sllm.core.migration import MigrationState, RecomputeCost, Round
 from sllm.errors import SllmError
 from sllm.migration import estimate
-from sllm.migration.policy import Progress, Road, pause_s, pays
+from sllm.migration.policy import Next, Progress, Road, fill_s, following, full, pause_s
+
+PATIENCE = 2.0  # tokens that are waited for may take so many times as long as they should
 
 
 class Phase(StrEnum):
     WAITING = "waiting"  # others of its replica move first
     ROUND = "round"  # the destination recomputes what it was sent
+    FILLING = "filling"  # the last round is sent when a block is full
+    LEAVING = "leaving"  # with the next token it goes
     OVER = "over"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """`covered_tokens` have been recomputed at the destination; `asked_tokens` are being so. `outcome` once OVER."""
+    """`covered_tokens` have been recomputed at the destination; `asked_tokens` are being so. `outcome` once OVER.
+
+    FILLING and LEAVING last until the request has `awaited_tokens`.
+    """
 
     road: Road
     deadline: float
@@ -35,6 +45,7 @@ class Source:
     rounds: int = 0
     asked_tokens: int = 0
     covered_tokens: int = 0
+    awaited_tokens: int = 0
     outcome: MigrationState | None = None
 
 
@@ -65,6 +76,20 @@ class RoundFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Advanced:
+    """Its gateway has been sent more of it."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waited:
+    """Tokens have been waited for as long as `Watch` said."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEnded:
     """It finished here, its client left, or its engine failed: there is nothing to move any more."""
 
@@ -79,7 +104,7 @@ class TimeOver:
     """The deadline has come."""
 
 
-Event = Begin | RoundEnded | RoundFailed | RequestEnded | CalledOff | TimeOver
+Event = Begin | RoundEnded | RoundFailed | Advanced | Waited | RequestEnded | CalledOff | TimeOver
 
 
 # --- effects --------------------------------------------------------------------------------
@@ -98,6 +123,13 @@ class StopRecompute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Bring `Advanced` after each of its steps, and `Waited` at `until`."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HandOver:
     """Now, in one piece: stop here, tell the gateway where it goes on."""
 
@@ -113,7 +145,7 @@ class Report:
     error: SllmError | None = None
 
 
-Effect = Recompute | StopRecompute | HandOver | Report
+Effect = Recompute | StopRecompute | Watch | HandOver | Report
 Step = tuple[Source, tuple[Effect, ...]]
 
 
@@ -133,6 +165,23 @@ def round_ended(source: Source, event: RoundEnded, now: float) -> Step:
     source = replace(source, road=road, rounds=source.rounds + 1, covered_tokens=source.asked_tokens)
     source, effects = _go_on(source, event.progress, now)
     return source, (Report(state=MigrationState.ROUNDS, last_round=event.round), *effects)
+
+
+def filled(source: Source, event: Advanced, now: float) -> Step:
+    """Send the last round as soon as the block is full."""
+    enough = event.progress.tokens >= source.awaited_tokens
+    return _round(source, event.progress) if enough else (source, ())
+
+
+def left(source: Source, event: Advanced, now: float) -> Step:
+    """Hand over behind the token that has just been sent: the next one is what the client waits for."""
+    enough = event.progress.tokens >= source.awaited_tokens
+    return _hand_over(source, event.progress) if enough else (source, ())
+
+
+def waited(source: Source, event: Waited, now: float) -> Step:
+    """A source that has become slow is not waited for."""
+    return _hand_over(source, event.progress)
 
 
 def round_failed(source: Source, event: RoundFailed, now: float) -> Step:
@@ -164,6 +213,16 @@ TRANSITIONS: dict[tuple[Phase, type[Any]], Callable[[Source, Any, float], Step]]
     (Phase.ROUND, RequestEnded): request_ended,
     (Phase.ROUND, CalledOff): called_off,
     (Phase.ROUND, TimeOver): time_over,
+    (Phase.FILLING, Advanced): filled,
+    (Phase.FILLING, Waited): waited,
+    (Phase.FILLING, RequestEnded): request_ended,
+    (Phase.FILLING, CalledOff): called_off,
+    (Phase.FILLING, TimeOver): time_over,
+    (Phase.LEAVING, Advanced): left,
+    (Phase.LEAVING, Waited): waited,
+    (Phase.LEAVING, RequestEnded): request_ended,
+    (Phase.LEAVING, CalledOff): called_off,
+    (Phase.LEAVING, TimeOver): time_over,
 }
 
 
@@ -174,13 +233,46 @@ def step(source: Source, event: Event, now: float) -> Step:
 
 
 def _go_on(source: Source, progress: Progress, now: float) -> Step:
-    if now < source.deadline and pays(progress, source.covered_tokens, source.rounds, source.road):
-        asked = replace(source, phase=Phase.ROUND, asked_tokens=progress.tokens)
-        effects: tuple[Effect, ...] = (Recompute(tokens=progress.tokens),)
-        return asked, effects if source.rounds else (Report(state=MigrationState.ROUNDS), *effects)
+    left_s = source.deadline - now
+    match following(progress, source.covered_tokens, source.rounds, source.road, left_s=left_s):
+        case Next.ROUND:
+            return _round(source, progress)
+        case Next.FILL:
+            return _fill(source, progress, now)
+        case Next.HAND_OVER:
+            return _leave(source, progress, now)
+
+
+def _round(source: Source, progress: Progress) -> Step:
+    asked = replace(source, phase=Phase.ROUND, asked_tokens=progress.tokens)
+    return asked, (*_first_report(source), Recompute(tokens=progress.tokens))
+
+
+def _fill(source: Source, progress: Progress, now: float) -> Step:
+    awaited = full(progress, source.road.block_size)
+    if awaited == progress.tokens:
+        return _round(source, progress)
+    until = now + PATIENCE * fill_s(progress, source.road.block_size)
+    waiting = replace(source, phase=Phase.FILLING, awaited_tokens=awaited)
+    return waiting, (*_first_report(source), Watch(until=until))
+
+
+def _leave(source: Source, progress: Progress, now: float) -> Step:
+    if progress.interval_s <= 0:  # it has no rhythm yet: nobody knows when its next token comes
+        return _hand_over(source, progress)
+    until = now + PATIENCE * progress.interval_s
+    waiting = replace(source, phase=Phase.LEAVING, awaited_tokens=progress.tokens + 1)
+    return waiting, (*_first_report(source), Watch(until=until))
+
+
+def _hand_over(source: Source, progress: Progress) -> Step:
     predicted = pause_s(progress, source.covered_tokens, source.road)
     over = replace(source, phase=Phase.OVER, outcome=MigrationState.MOVED)
     return over, (HandOver(predicted_pause_s=predicted), Report(state=MigrationState.MOVED))
+
+
+def _first_report(source: Source) -> tuple[Report, ...]:
+    return (Report(state=MigrationState.ROUNDS),) if source.phase is Phase.WAITING else ()
 
 
 def _over(source: Source, outcome: MigrationState, error: SllmError | None = None) -> Step:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sllm.rpc import common_pb2 as sllm_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sllm/rpc/agent.proto\x12\x08sllm.rpc\x1a\x15sllm/rpc/common.proto\"[\n\x19\x41gentAddCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\"t\n\x0b\x41\x64\x64Progress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12-\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x14.sllm.rpc.CheckpointH\x00\x88\x01\x01\x42\r\n\x0b_checkpoint\";\n\x1c\x41gentRemoveCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"I\n\x1c\x41gentVerifyCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x65\x65p\x18\x03 \x01(\x08\"o\n\x13StartReplicaRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.sllm.rpc.ReplicaSpec\x12$\n\x08priority\x18\x03 \x01(\x0e\x32\x12.sllm.rpc.Priority\"Y\n\x12StopReplicaRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07\x64rain_s\x18\x04 \x01(\x01\"H\n\x0eMigrateCommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\'\n\x05order\x18\x02 \x01(\x0b\x32\x18.sllm.rpc.MigrationOrder\"*\n\x18GetExecutionFilesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"6\n\x14\x41gentReadLogsRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\x03\x32\xd5\x04\n\x0c\x41gentService\x12M\n\rAddCheckpoint\x12#.sllm.rpc.AgentAddCheckpointRequest\x1a\x15.sllm.rpc.AddProgress0\x01\x12K\n\x10RemoveCheckpoint\x12&.sllm.rpc.AgentRemoveCheckpointRequest\x1a\x0f.sllm.rpc.Empty\x12S\n\x10VerifyCheckpoint\x12&.sllm.rpc.AgentVerifyCheckpointRequest\x1a\x15.sllm.rpc.AddProgress0\x01\x12>\n\x0cStartReplica\x12\x1d.sllm.rpc.StartReplicaRequest\x1a\x0f.sllm.rpc.Empty\x12<\n\x0bStopReplica\x12\x1c.sllm.rpc.StopReplicaRequest\x1a\x0f.sllm.rpc.Empty\x12@\n\x07Migrate\x12\x18.sllm.rpc.MigrateCommand\x1a\x19.sllm.rpc.MigrationReport0\x01\x12R\n\x11GetExecutionFiles\x12\".sllm.rpc.GetExecutionFilesRequest\x1a\x17.sllm.rpc.ExecutionFile0\x01\x12@\n\x08ReadLogs\x12\x1e.sllm.rpc.AgentReadLogsRequest\x1a\x12.sllm.rpc.LogChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14sllm/rpc/agent.proto\x12\x08sllm.rpc\x1a\x15sllm/rpc/common.proto\"[\n\x19\x41gentAddCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\"t\n\x0b\x41\x64\x64Progress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12-\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x14.sllm.rpc.CheckpointH\x00\x88\x01\x01\x42\r\n\x0b_checkpoint\";\n\x1c\x41gentRemoveCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"I\n\x1c\x41gentVerifyCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x65\x65p\x18\x03 \x01(\x08\"o\n\x13StartReplicaRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.sllm.rpc.ReplicaSpec\x12$\n\x08priority\x18\x03 \x01(\x0e\x32\x12.sllm.rpc.Priority\"Y\n\x12StopReplicaRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07\x64rain_s\x18\x04 \x01(\x01\"Y\n\x0fPrefetchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.sllm.rpc.ReplicaSpec\x12\x12\n\ninstead_of\x18\x03 \x03(\t\"H\n\x0eMigrateCommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\'\n\x05order\x18\x02 \x01(\x0b\x32\x18.sllm.rpc.MigrationOrder\"*\n\x18GetExecutionFilesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"6\n\x14\x41gentReadLogsRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\x03\x32\x8d\x05\n\x0c\x41gentService\x12M\n\rAddCheckpoint\x12#.sllm.rpc.AgentAddCheckpointRequest\x1a\x15.sllm.rpc.AddProgress0\x01\x12K\n\x10RemoveCheckpoint\x12&.sllm.rpc.AgentRemoveCheckpointRequest\x1a\x0f.sllm.rpc.Empty\x12S\n\x10VerifyCheckpoint\x12&.sllm.rpc.AgentVerifyCheckpointRequest\x1a\x15.sllm.rpc.AddProgress0\x01\x12>\n\x0cStartReplica\x12\x1d.sllm.rpc.StartReplicaRequest\x1a\x0f.sllm.rpc.Empty\x12<\n\x0bStopReplica\x12\x1c.sllm.rpc.StopReplicaRequest\x1a\x0f.sllm.rpc.Empty\x12\x36\n\x08Prefetch\x12\x19.sllm.rpc.PrefetchRequest\x1a\x0f.sllm.rpc.Empty\x12@\n\x07Migrate\x12\x18.sllm.rpc.MigrateCommand\x1a\x19.sllm.rpc.MigrationReport0\x01\x12R\n\x11GetExecutionFiles\x12\".sllm.rpc.GetExecutionFilesRequest\x1a\x17.sllm.rpc.ExecutionFile0\x01\x12@\n\x08ReadLogs\x12\x1e.sllm.rpc.AgentReadLogsRequest\x1a\x12.sllm.rpc.LogChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,12 +44,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTREPLICAREQUEST']._serialized_end=515
   _globals['_STOPREPLICAREQUEST']._serialized_start=517
   _globals['_STOPREPLICAREQUEST']._serialized_end=606
-  _globals['_MIGRATECOMMAND']._serialized_start=608
-  _globals['_MIGRATECOMMAND']._serialized_end=680
-  _globals['_GETEXECUTIONFILESREQUEST']._serialized_start=682
-  _globals['_GETEXECUTIONFILESREQUEST']._serialized_end=724
-  _globals['_AGENTREADLOGSREQUEST']._serialized_start=726
-  _globals['_AGENTREADLOGSREQUEST']._serialized_end=780
-  _globals['_AGENTSERVICE']._serialized_start=783
-  _globals['_AGENTSERVICE']._serialized_end=1380
+  _globals['_PREFETCHREQUEST']._serialized_start=608
+  _globals['_PREFETCHREQUEST']._serialized_end=697
+  _globals['_MIGRATECOMMAND']._serialized_start=699
+  _globals['_MIGRATECOMMAND']._serialized_end=771
+  _globals['_GETEXECUTIONFILESREQUEST']._serialized_start=773
+  _globals['_GETEXECUTIONFILESREQUEST']._serialized_end=815
+  _globals['_AGENTREADLOGSREQUEST']._serialized_start=817
+  _globals['_AGENTREADLOGSREQUEST']._serialized_end=871
+  _globals['_AGENTSERVICE']._serialized_start=874
+  _globals['_AGENTSERVICE']._serialized_end=1527
 # @@protoc_insertion_point(module_scope)

@@ -1,7 +1,8 @@
 from sllm.rpc import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -67,6 +68,16 @@ class StopReplicaRequest(_message.Message):
     generation: int
     drain_s: float
     def __init__(self, epoch: _Optional[int] = ..., replica: _Optional[str] = ..., generation: _Optional[int] = ..., drain_s: _Optional[float] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("epoch", "spec", "instead_of")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    INSTEAD_OF_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    spec: _common_pb2.ReplicaSpec
+    instead_of: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., instead_of: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MigrateCommand(_message.Message):
     __slots__ = ("epoch", "order")

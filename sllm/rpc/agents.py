@@ -75,6 +75,16 @@ class StopReplicaCommand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchCommand:
+    """Read into memory what a replica like `spec`, which has no id, would read. What is there of the digests in
+    `instead_of` goes first, unless a replica needs it. Answered at once: reports show what came of it."""
+
+    epoch: int
+    spec: ReplicaSpec
+    instead_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrateCommand:
     """Answered by reports until each of the order's requests has moved or stays."""
 
@@ -106,6 +116,10 @@ class AgentService(Protocol):
 
     async def start_replica(self, request: StartReplicaCommand) -> Empty: ...
     async def stop_replica(self, request: StopReplicaCommand) -> Empty: ...
+    async def prefetch(self, request: PrefetchCommand) -> Empty:
+        """Raises NotFound, InvalidCheckpoint, InvalidArgument."""
+        ...
+
     def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:
         """Ending the iteration cancels what has not been handed over."""
         ...
@@ -130,6 +144,7 @@ VERIFY_CHECKPOINT = Method(
 )
 START_REPLICA = Method("StartReplica", StartReplicaCommand, _m.StartReplicaRequest, Empty, _c.Empty)
 STOP_REPLICA = Method("StopReplica", StopReplicaCommand, _m.StopReplicaRequest, Empty, _c.Empty)
+PREFETCH = Method("Prefetch", PrefetchCommand, _m.PrefetchRequest, Empty, _c.Empty)
 MIGRATE = Method("Migrate", MigrateCommand, _m.MigrateCommand, MigrationReport, _c.MigrationReport, "stream")
 GET_EXECUTION_FILES = Method(
     "GetExecutionFiles",
@@ -146,6 +161,7 @@ METHODS = (
     VERIFY_CHECKPOINT,
     START_REPLICA,
     STOP_REPLICA,
+    PREFETCH,
     MIGRATE,
     GET_EXECUTION_FILES,
     READ_LOGS,
@@ -193,6 +209,9 @@ class AgentClient(Client):
 
     async def stop_replica(self, request: StopReplicaCommand) -> Empty:
         return await self._unary(STOP_REPLICA, request)
+
+    async def prefetch(self, request: PrefetchCommand) -> Empty:
+        return await self._unary(PREFETCH, request)
 
     async def migrate(self, request: MigrateCommand) -> AsyncIterator[MigrationReport]:
         async with aclosing(self._stream(MIGRATE, request)) as stream:

@@ -457,7 +457,7 @@ class Node(_message.Message):
     def __init__(self, report: _Optional[_Union[NodeReport, _Mapping]] = ..., state: _Optional[_Union[NodeState, str]] = ..., last_seen: _Optional[float] = ..., cordoned: bool = ..., cordoned_devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RequestRow(_message.Message):
-    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node", "max_tokens", "interval_s", "moves")
+    __slots__ = ("id", "deployment", "state", "replica", "prompt_tokens", "output_tokens", "started_at", "node", "max_tokens", "interval_s", "moves", "choices")
     ID_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -469,6 +469,7 @@ class RequestRow(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     id: str
     deployment: str
     state: RequestState
@@ -480,7 +481,8 @@ class RequestRow(_message.Message):
     max_tokens: int
     interval_s: float
     moves: int
-    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ..., max_tokens: _Optional[int] = ..., interval_s: _Optional[float] = ..., moves: _Optional[int] = ...) -> None: ...
+    choices: int
+    def __init__(self, id: _Optional[str] = ..., deployment: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., replica: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., started_at: _Optional[float] = ..., node: _Optional[str] = ..., max_tokens: _Optional[int] = ..., interval_s: _Optional[float] = ..., moves: _Optional[int] = ..., choices: _Optional[int] = ...) -> None: ...
 
 class RouteTarget(_message.Message):
     __slots__ = ("replica", "node", "address", "generation", "revision", "capacity")
@@ -772,3 +774,121 @@ class DeploymentPlan(_message.Message):
     ready_s: float
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     def __init__(self, deployment: _Optional[str] = ..., revision: _Optional[int] = ..., starts: _Optional[_Iterable[_Union[PlannedStart, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[PlannedStop, _Mapping]]] = ..., waits_for: _Optional[str] = ..., ready_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+
+class Policy(_message.Message):
+    __slots__ = ("heartbeat_s", "suspect_s", "dead_s", "drain_s", "start_backoff_s", "max_start_failures", "stable_after_s", "min_loaded_s", "prefetch", "max_copies", "swap_hold_s")
+    HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_S_FIELD_NUMBER: _ClassVar[int]
+    DEAD_S_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    START_BACKOFF_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_START_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    STABLE_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_LOADED_S_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_COPIES_FIELD_NUMBER: _ClassVar[int]
+    SWAP_HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    heartbeat_s: float
+    suspect_s: float
+    dead_s: float
+    drain_s: float
+    start_backoff_s: float
+    max_start_failures: int
+    stable_after_s: float
+    min_loaded_s: float
+    prefetch: bool
+    max_copies: int
+    swap_hold_s: float
+    def __init__(self, heartbeat_s: _Optional[float] = ..., suspect_s: _Optional[float] = ..., dead_s: _Optional[float] = ..., drain_s: _Optional[float] = ..., start_backoff_s: _Optional[float] = ..., max_start_failures: _Optional[int] = ..., stable_after_s: _Optional[float] = ..., min_loaded_s: _Optional[float] = ..., prefetch: bool = ..., max_copies: _Optional[int] = ..., swap_hold_s: _Optional[float] = ...) -> None: ...
+
+class Level(_message.Message):
+    __slots__ = ("value", "observations")
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
+    value: float
+    observations: int
+    def __init__(self, value: _Optional[float] = ..., observations: _Optional[int] = ...) -> None: ...
+
+class StartTimes(_message.Message):
+    __slots__ = ("grant", "fork", "whole", "rest")
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
+    grant: Level
+    fork: Level
+    whole: Level
+    rest: Level
+    def __init__(self, grant: _Optional[_Union[Level, _Mapping]] = ..., fork: _Optional[_Union[Level, _Mapping]] = ..., whole: _Optional[_Union[Level, _Mapping]] = ..., rest: _Optional[_Union[Level, _Mapping]] = ...) -> None: ...
+
+class KnownReading(_message.Message):
+    __slots__ = ("node", "tier", "level")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    tier: Tier
+    level: Level
+    def __init__(self, node: _Optional[str] = ..., tier: _Optional[_Union[Tier, str]] = ..., level: _Optional[_Union[Level, _Mapping]] = ...) -> None: ...
+
+class KnownStarts(_message.Message):
+    __slots__ = ("digest", "kind", "times")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    kind: DeviceKind
+    times: StartTimes
+    def __init__(self, digest: _Optional[str] = ..., kind: _Optional[_Union[DeviceKind, str]] = ..., times: _Optional[_Union[StartTimes, _Mapping]] = ...) -> None: ...
+
+class KnownRecompute(_message.Message):
+    __slots__ = ("digest", "kind", "cost")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    kind: DeviceKind
+    cost: RecomputeCost
+    def __init__(self, digest: _Optional[str] = ..., kind: _Optional[_Union[DeviceKind, str]] = ..., cost: _Optional[_Union[RecomputeCost, _Mapping]] = ...) -> None: ...
+
+class DescribedReplica(_message.Message):
+    __slots__ = ("node", "status")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    status: ReplicaStatus
+    def __init__(self, node: _Optional[str] = ..., status: _Optional[_Union[ReplicaStatus, _Mapping]] = ...) -> None: ...
+
+class DescribedDeployment(_message.Message):
+    __slots__ = ("deployment", "max_model_len", "size_bytes", "needed", "unneeded_s")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
+    UNNEEDED_S_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    max_model_len: int
+    size_bytes: int
+    needed: int
+    unneeded_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ..., max_model_len: _Optional[int] = ..., size_bytes: _Optional[int] = ..., needed: _Optional[int] = ..., unneeded_s: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ClusterDescription(_message.Message):
+    __slots__ = ("policy", "nodes", "deployments", "replicas", "requests", "reading", "starts", "recomputes")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    READING_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
+    policy: Policy
+    nodes: _containers.RepeatedCompositeFieldContainer[Node]
+    deployments: _containers.RepeatedCompositeFieldContainer[DescribedDeployment]
+    replicas: _containers.RepeatedCompositeFieldContainer[DescribedReplica]
+    requests: _containers.RepeatedCompositeFieldContainer[RequestRow]
+    reading: _containers.RepeatedCompositeFieldContainer[KnownReading]
+    starts: _containers.RepeatedCompositeFieldContainer[KnownStarts]
+    recomputes: _containers.RepeatedCompositeFieldContainer[KnownRecompute]
+    def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., deployments: _Optional[_Iterable[_Union[DescribedDeployment, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[DescribedReplica, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestRow, _Mapping]]] = ..., reading: _Optional[_Iterable[_Union[KnownReading, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[KnownStarts, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[KnownRecompute, _Mapping]]] = ...) -> None: ...

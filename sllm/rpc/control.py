@@ -10,6 +10,7 @@ from typing import Protocol
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.decision import DeploymentPlan, Explanation
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
+from sllm.core.description import ClusterDescription
 from sllm.core.device import DeviceKind
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
 from sllm.core.migration import MigrationPlan, RecomputeCost
@@ -235,6 +236,10 @@ class ControlService(Protocol):
     async def get_status(self, request: Empty) -> ClusterStatus: ...
     async def list_requests(self, request: Empty) -> RequestList: ...
     async def explain(self, request: ExplainRequest) -> Explanation: ...
+    async def describe_cluster(self, request: Empty) -> ClusterDescription:
+        """All that a simulation begins from."""
+        ...
+
     def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]: ...
 
 
@@ -264,6 +269,7 @@ WATCH_OPERATION = Method(
 GET_STATUS = Method("GetStatus", Empty, _c.Empty, ClusterStatus, _m.ClusterStatus)
 LIST_REQUESTS = Method("ListRequests", Empty, _c.Empty, RequestList, _m.RequestList)
 EXPLAIN = Method("Explain", ExplainRequest, _m.ExplainRequest, Explanation, _c.Explanation)
+DESCRIBE_CLUSTER = Method("DescribeCluster", Empty, _c.Empty, ClusterDescription, _c.ClusterDescription)
 READ_LOGS = Method("ReadLogs", ReadLogsRequest, _m.ReadLogsRequest, LogChunk, _c.LogChunk, "stream")
 METHODS = (
     ADD_CHECKPOINT,
@@ -284,6 +290,7 @@ METHODS = (
     GET_STATUS,
     LIST_REQUESTS,
     EXPLAIN,
+    DESCRIBE_CLUSTER,
     READ_LOGS,
 )
 
@@ -353,6 +360,9 @@ class ControlClient(Client):
 
     async def explain(self, request: ExplainRequest) -> Explanation:
         return await self._unary(EXPLAIN, request)
+
+    async def describe_cluster(self, request: Empty) -> ClusterDescription:
+        return await self._unary(DESCRIBE_CLUSTER, request)
 
     async def read_logs(self, request: ReadLogsRequest) -> AsyncIterator[LogChunk]:
         async with aclosing(self._stream(READ_LOGS, request)) as stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,7 +45,7 @@ class Startable:
     node: NodeName
     devices: tuple[DeviceId, ...]
     estimate: Estimate
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
 
 
 Destination = ReplicaView | Startable | Refusal
@@ -130,6 +130,10 @@ def _start(
             text=f"no replica of revision {spec.revision} of {spec.deployment!r} is on node {node!r}, "
             "and none is started any more",
             hint="what runs on a replaced revision ends where it is",
+        )
+    if deployment.current.deployment.deleting:
+        return Refusal(
+            on=Obstacle.REVISION, text=f"{spec.deployment!r} is being deleted: no replica of it is started any more"
         )
     if view.tier_of(spec.digest) is None:
         return Refusal(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from sllm.core.decision import Candidate
 from sllm.core.device import Device, DeviceState
@@ -32,6 +33,7 @@ GAIN_S = 0.25
 MOVES_PER_NODE = 2  # replicas that are emptied on one node at a time
 MOST_MOVES = 3  # of one request
 SPARED_S = 10.0  # one whose displacement was given up is left alone for so long
+LOOKED_AT = 128  # nodes that hold the checkpoint: of more, no more than these are asked to give devices
 SETTLED_S = 1.0  # a replica that has only just become ready is not moved on
 
 
@@ -81,7 +83,7 @@ class Givers:
     ones of others, the first to go first, and busy ones."""
 
     outdated: Sequence[ReplicaView]
-    spare: Callable[[], Sequence[ReplicaView]]
+    spare: Callable[[Iterable[ReplicaView]], Sequence[ReplicaView]]
     held: bool
 
 
@@ -93,8 +95,7 @@ class Reliever:
         self._snapshot = snapshot
         self._room = room
         self._now = now
-        self._on_node: dict[NodeName, list[ReplicaView]] | None = None
-        displaced = [r for r in snapshot.replicas.values() if r.displaced]
+        displaced = [r for r in room.index.astray.values() if r.displaced]
         self._moving_on = Counter(replica.node for replica in displaced)
         self._moving_of = {replica.spec.deployment for replica in displaced}
 
@@ -132,7 +133,9 @@ class Reliever:
 
     def _promised(self, view: DeploymentView, priority: Priority) -> Relief | None:
         """Replicas that give way for it already. What was decided is not decided anew at each event."""
-        own = [r for r in self._replicas() if r.room_for == view.name and r.spec.id not in self.taken]
+        holders = self._room.index.holders(view.current.deployment.digest) & self._room.index.leaving
+        ending = [r for entry in self._room.index.those(holders) for r in entry.replicas]
+        own = [r for r in ending if r.room_for == view.name and r.spec.id not in self.taken]
         for node in sorted({replica.node for replica in own}):
             there = self._snapshot.nodes.get(node)
             if there is None or there.state is not NodeState.READY or avoided(there, view):
@@ -151,16 +154,20 @@ class Reliever:
 
     def _sites(self, view: DeploymentView, givers: Givers, priority: Priority, *, moving: bool) -> list[Relief]:
         """Per node and way the best cover."""
-        spare = {r.spec.id: rank for rank, r in enumerate((*givers.outdated, *givers.spare()))}
+        index = self._room.index
+        able = index.those(index.holders(view.current.deployment.digest) & index.ready)
+        nodes = [entry.view for entry in islice(able, LOOKED_AT) if entry.view is not None]
+        near_by = [replica for node in nodes for replica in self._there(node.report.name)]
+        spare = {r.spec.id: rank for rank, r in enumerate((*givers.outdated, *givers.spare(near_by)))}
         outdated = {r.spec.id for r in givers.outdated}
         found: list[Relief] = []
 
         def ways(replica: ReplicaView, reserved: Reserved) -> Iterable[Give]:
             return self._ways(replica, reserved, view, spare, moving=moving, held=givers.held)
 
-        for node in self._room.holders(view.current.deployment.digest):
+        for node in nodes:
             missing = self._missing(node, view, Cover())
-            if node.state is not NodeState.READY or avoided(node, view) or missing <= 0:
+            if avoided(node, view) or missing <= 0:
                 continue
             there = [r for r in self._there(node.report.name) if self._may_give(r, view, outdated)]
             best: dict[Way, Cover] = {}
@@ -251,7 +258,7 @@ class Reliever:
 
     def _own_room_s(self, view: DeploymentView) -> float:
         """When the last of the held requests would have room at the deployment's own replicas, as they become free."""
-        replicas = [r for r in self._replicas() if r.spec.deployment == view.name and r.ready]
+        replicas = [r for r in self._room.index.of_deployment.get(view.name, ()) if r.ready]
         lefts = [o.left_s for r in replicas for o in self._snapshot.running.get(r.spec.id, {}).values()]
         known = sorted(left for left in lefts if left is not None)
         held = self._snapshot.held[view.name].count
@@ -297,14 +304,8 @@ class Reliever:
         ]
 
     def _there(self, node: NodeName) -> list[ReplicaView]:
-        if self._on_node is None:
-            self._on_node = {}
-            for replica in self._replicas():
-                self._on_node.setdefault(replica.node, []).append(replica)
-        return self._on_node.get(node, [])
-
-    def _replicas(self) -> list[ReplicaView]:
-        return sorted(self._snapshot.replicas.values(), key=lambda r: r.spec.id)
+        entry = self._room.index.entries.get(node)
+        return sorted(entry.replicas, key=lambda r: r.spec.id) if entry is not None else []
 
 
 # -- comparing

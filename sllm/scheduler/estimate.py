@@ -43,25 +43,69 @@ class Start:
 
 def estimate(learnt: Learnt, start: Start) -> Estimate:
     """Return what the start is expected to take, part by part, and how each is known."""
-    of_it = learnt.starts.get((start.digest, start.kind), _UNKNOWN)
-    of_kind = learnt.starts_of_kind.get(start.kind, _UNKNOWN)
-    pace = seconds_per_byte(learnt, start.node, start.tier)
-    grant = _known(of_it.grant, of_kind.grant, GUESSED_GRANT_S)
-    warming = _NOTHING if start.warm else _warming(learnt, start.node)
-    forking = _known(of_it.fork, of_kind.fork, GUESSED_FORK_S)
-    # What is in the pool waits for no turn.
-    waited = start.ahead_bytes if start.size_bytes else 0
-    loading = _loading(start.size_bytes, pace, warming.seconds + forking.seconds)
-    return Estimate(
-        queued=_both(grant, pace, grant.seconds + waited * pace.seconds) if waited else grant,
-        warming=warming,
-        forking=forking,
-        loading=loading,
-        building=_building(of_it, of_kind, loading),
-        tier=start.tier,
-        size_bytes=start.size_bytes,
-        ahead_bytes=waited,
-    )
+    return Starts(learnt, start.digest, start.kind).estimate(start)
+
+
+class Starts:
+    """Estimates of the starts of one checkpoint on one kind of device."""
+
+    def __init__(self, learnt: Learnt, digest: str, kind: DeviceKind) -> None:
+        of_it = learnt.starts.get((digest, kind), _UNKNOWN)
+        of_kind = learnt.starts_of_kind.get(kind, _UNKNOWN)
+        self._learnt = learnt
+        self._grant = _known(of_it.grant, of_kind.grant, GUESSED_GRANT_S)
+        self._fork = _known(of_it.fork, of_kind.fork, GUESSED_FORK_S)
+        self._whole = whole = _known(of_it.whole, of_kind.whole, GUESSED_WHOLE_S)
+        # Without a start that was seen to read, none of the construction is thought to be hidden.
+        bound = Part(seconds=whole.seconds, basis=max(whole.basis, Basis.SIMILAR, key=_BASES.index))
+        self._rest = _learnt(of_it.rest, of_kind.rest if of_it.whole is None else None) or bound
+        self._guessed = Basis.GUESSED in (self._grant.basis, self._fork.basis)
+
+    def estimate(self, start: Start) -> Estimate:
+        pace = seconds_per_byte(self._learnt, start.node, start.tier)
+        grant = self._grant
+        warming = _NOTHING if start.warm else _warming(self._learnt, start.node)
+        # What is in the pool waits for no turn.
+        waited = start.ahead_bytes if start.size_bytes else 0
+        loading = _loading(start.size_bytes, pace, warming.seconds + self._fork.seconds)
+        return Estimate(
+            queued=_both(grant, pace, grant.seconds + waited * pace.seconds) if waited else grant,
+            warming=warming,
+            forking=self._fork,
+            loading=loading,
+            building=self._building(loading),
+            tier=start.tier,
+            size_bytes=start.size_bytes,
+            ahead_bytes=waited,
+        )
+
+    def total_s(self, node: NodeName, *, warm: bool, size_bytes: int, ahead_bytes: int) -> tuple[float, bool]:
+        """The same, summed up, and whether a part of it is guessed: what is compared of thousands of nodes. What is
+        read comes from SSD."""
+        warming_s, guessed = 0.0, self._guessed
+        if not warm:
+            warming = _warming(self._learnt, node)
+            warming_s, guessed = warming.seconds, guessed or warming.basis is Basis.GUESSED
+        queued_s, fork_s, whole = self._grant.seconds, self._fork.seconds, self._whole
+        if not size_bytes:
+            return queued_s + warming_s + fork_s + whole.seconds, guessed or whole.basis is Basis.GUESSED
+        pace_s, known = _pace(self._learnt, node)
+        loading_s = max(0.0, size_bytes * pace_s - (warming_s + fork_s))
+        queued_s += ahead_bytes * pace_s
+        left_s = whole.seconds - loading_s
+        if loading_s and self._rest.seconds >= left_s:
+            building_s, built = self._rest.seconds, self._rest.basis
+        else:
+            building_s, built = left_s, whole.basis
+        guessed = guessed or not known or built is Basis.GUESSED
+        return queued_s + loading_s + warming_s + fork_s + building_s, guessed
+
+    def _building(self, loading: Part) -> Part:
+        whole = self._whole
+        if loading.seconds == 0:
+            return whole
+        left = whole.seconds - loading.seconds
+        return self._rest if self._rest.seconds >= left else _both(whole, loading, left)
 
 
 def seconds_per_byte(learnt: Learnt, node: NodeName, tier: Tier) -> Part:
@@ -91,15 +135,10 @@ def _loading(size_bytes: int, pace: Part, hidden_s: float) -> Part:
     return Part(seconds=seconds, basis=pace.basis, observations=pace.observations)
 
 
-def _building(of_it: StartTimes, of_kind: StartTimes, loading: Part) -> Part:
-    whole = _known(of_it.whole, of_kind.whole, GUESSED_WHOLE_S)
-    if loading.seconds == 0:
-        return whole
-    # Without a start that was seen to read, none of the construction is thought to be hidden.
-    bound = Part(seconds=whole.seconds, basis=max(whole.basis, Basis.SIMILAR, key=_BASES.index))
-    rest = _learnt(of_it.rest, of_kind.rest if of_it.whole is None else None) or bound
-    left = whole.seconds - loading.seconds
-    return rest if rest.seconds >= left else _both(whole, loading, left)
+def _pace(learnt: Learnt, node: NodeName) -> tuple[float, bool]:
+    """Seconds per byte from SSD, and whether that is known."""
+    level = learnt.reading.get((node, Tier.SSD)) or learnt.reading_anywhere.get(Tier.SSD)
+    return (level.value, True) if level is not None else (1 / GUESSED_BANDWIDTH_BPS, False)
 
 
 def _known(own: Level | None, similar: Level | None, guess: float) -> Part:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from sllm.core.device import DeviceKind
 from sllm.core.ids import NodeName
@@ -17,7 +17,8 @@ from sllm.core.node import LoadReport, NodeReport
 from sllm.core.prediction import PredictionErrors
 from sllm.core.replica import ReplicaStatus, StartPhase
 from sllm.core.residency import Tier
-from sllm.core.startup import Estimate, EstimatorError, Learnt
+from sllm.core.startup import Estimate, EstimatorError, Learnt, Level, StartTimes
+from sllm.core.table import Table
 from sllm.scheduler.levels import Window
 from sllm.scheduler.start_times import StartWindow
 
@@ -25,7 +26,7 @@ KEPT_NODES = 20_000
 KEPT_CHECKPOINTS = 20_000
 NOT_EVEN_PROBED = -1  # a probe has the number 0, the first load 1
 
-K = TypeVar("K")
+K = TypeVar("K", bound=str | tuple[str, str | int])
 V = TypeVar("V")
 
 
@@ -34,6 +35,9 @@ class Estimator:
 
     def __init__(self) -> None:
         self._learnt = Learnt()
+        self._levels: _Kept[tuple[NodeName, Tier], Level] = _Kept()
+        self._times: _Kept[tuple[str, DeviceKind], StartTimes] = _Kept()
+        self._load_bytes: _Kept[tuple[NodeName, str], int] = _Kept()
         self._loads_seen: dict[NodeName, tuple[str, int]] = {}
         self._reading: dict[tuple[NodeName, Tier], Window] = {}
         self._reading_anywhere: dict[Tier, Window] = {}
@@ -92,7 +96,7 @@ class Estimator:
             window.observe(phases_s, idle=idle, warm=warm)
         self._learnt = replace(
             self._learnt,
-            starts=_with(self._learnt.starts, key, of_it.times, KEPT_CHECKPOINTS),
+            starts=self._times.enter(key, of_it.times, KEPT_CHECKPOINTS),
             starts_of_kind={**self._learnt.starts_of_kind, kind: of_kind.times},
         )
 
@@ -112,11 +116,11 @@ class Estimator:
         weight = load.size_bytes
         self._learnt = replace(
             learnt,
-            reading=_with(learnt.reading, key, here.observe(pace, weight), KEPT_NODES),
+            reading=self._levels.enter(key, here.observe(pace, weight), KEPT_NODES),
             reading_anywhere={**learnt.reading_anywhere, load.tier: anywhere.observe(pace, weight)},
         )
         if load.number:  # a probe reads a part only
-            load_bytes = _with(learnt.load_bytes, (node, load.digest), load.size_bytes, KEPT_CHECKPOINTS)
+            load_bytes = self._load_bytes.enter((node, load.digest), load.size_bytes, KEPT_CHECKPOINTS)
             self._learnt = replace(self._learnt, load_bytes=load_bytes)
 
     def _warmed(self, report: NodeReport, now: float) -> None:
@@ -130,6 +134,23 @@ class Estimator:
             warming = _with(self._learnt.warming, node, here.observe(seconds), KEPT_NODES)
             anywhere = self._warming_anywhere.observe(seconds)
             self._learnt = replace(self._learnt, warming=warming, warming_anywhere=anywhere)
+
+
+class _Kept(Generic[K, V]):
+    """What is learnt of many, each time with one more entry: nobody who has the mapping sees it change."""
+
+    def __init__(self) -> None:
+        self._table: Table[K, V] = Table()
+        self._order: dict[K, None] = {}
+
+    def enter(self, key: K, value: V, kept: int) -> Mapping[K, V]:
+        """Return all, as it is now; of more than `kept` the first to have come goes."""
+        if key not in self._order and len(self._order) >= kept:
+            first = next(iter(self._order))
+            del self._order[first], self._table[first]
+        self._order[key] = None
+        self._table[key] = value
+        return self._table.view()
 
 
 def _with(mapping: Mapping[K, V], key: K, value: V, kept: int) -> dict[K, V]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sllm.core.decision import Candidate
@@ -15,7 +15,8 @@ from sllm.core.startup import Estimate
 class StartReplica:
     """Start a replica of the deployment's current revision. Its id and generation are drawn when it is carried out.
 
-    `candidates` are the nodes that were looked at; `estimate` is what it is expected to take on the one that was taken.
+    `candidates` are the best of the nodes that were looked at, of so many `holders` of the checkpoint; `estimate` is
+    what it is expected to take on the one that was taken.
     """
 
     deployment: DeploymentName
@@ -24,7 +25,8 @@ class StartReplica:
     priority: Priority
     why: str
     estimate: Estimate | None = None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: Sequence[Candidate] = ()
+    holders: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +104,10 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """`reasons` says, for deployments that do not have what they need, what they wait for."""
+    """`reasons` says, for deployments that do not have what they need, what they wait for. `wakes`: when to look at a
+    deployment again without being told; `wake_at` is the first of all times to look again."""
 
     actions: tuple[Action, ...] = ()
     reasons: Mapping[DeploymentName, Reason] = field(default_factory=dict)
     wake_at: float | None = None
+    wakes: Mapping[DeploymentName, float] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 from sllm.core.decision import Candidate
 from sllm.core.ids import DeploymentName, ReplicaId
@@ -28,26 +29,32 @@ from sllm.scheduler.plan import (
 )
 from sllm.scheduler.refuge import Refuge
 from sllm.scheduler.room import Room
+from sllm.scheduler.swapping import yields_at
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
-    """Return what to do now. The same snapshot gives the same plan."""
+    """Return what to do now. The same snapshot gives the same plan.
+
+    Of a snapshot that says what is `due`, only those deployments are looked at (`sllm.scheduler.agenda` keeps account).
+    """
     planner = _Planner(snapshot, now)
     planner.commands()
     for view in _by_urgency(snapshot):
-        planner.deployment(view)
+        planner.look_at(view)
     planner.stays()
     return planner.plan()
 
 
 def _by_urgency(snapshot: Snapshot) -> list[DeploymentView]:
     """Who has waited longest comes first to the free devices; then by name."""
+    known, due = snapshot.deployments, snapshot.due
+    views = known.values() if due is None else [view for name in due if (view := known.get(name)) is not None]
 
     def key(view: DeploymentView) -> tuple[bool, float, str]:
         held = snapshot.held.get(view.name)
         return (held is None, held.since if held else 0.0, view.name)
 
-    return sorted(snapshot.deployments.values(), key=key)
+    return sorted(views, key=key)
 
 
 class _Planner:
@@ -57,32 +64,40 @@ class _Planner:
         self._snapshot = snapshot
         self._now = now
         self._room = Room(snapshot)
+        self._index = self._room.index
         self._reliever = Reliever(snapshot, self._room, now)
-        self._replicas = snapshot.replicas_by_deployment()
         self._actions: list[Action] = []
         self._reasons: dict[DeploymentName, Reason] = {}
         self._wakes: list[float] = []
+        self._wakes_of: dict[DeploymentName, float] = {}
         self._ended: set[ReplicaId] = set()
 
     def plan(self) -> Plan:
         wake_at = min(self._wakes, default=None)
-        return Plan(actions=tuple(self._actions), reasons=self._reasons, wake_at=wake_at)
+        return Plan(actions=tuple(self._actions), reasons=self._reasons, wake_at=wake_at, wakes=self._wakes_of)
 
     def commands(self) -> None:
         """Give commands that were not accepted again, and clean up after failures."""
-        for replicas in self._replicas.values():
-            for replica in replicas:
-                if replica.intent is not Intent.RUN:
-                    self._repeat(replica)
-                elif replica.state is ReplicaState.FAILED:
-                    self._stop(replica, "it failed")
-                elif replica.spec.deployment not in self._snapshot.deployments:
-                    self._end(replica, "its deployment is gone")
-                elif replica.leaving:
-                    self._leave(replica)
+        astray = self._index.astray
+        for replica in sorted(astray.values(), key=lambda r: (r.spec.generation, r.spec.id)) if astray else ():
+            if replica.intent is not Intent.RUN:
+                self._repeat(replica)
+            elif replica.state is ReplicaState.FAILED:
+                self._stop(replica, "it failed")
+            elif replica.spec.deployment not in self._snapshot.deployments:
+                self._end(replica, "its deployment is gone")
+            elif replica.leaving:
+                self._leave(replica)
+
+    def look_at(self, view: DeploymentView) -> None:
+        """Plan for one deployment, and note when to look at it again."""
+        before = len(self._wakes)
+        self.deployment(view)
+        if len(self._wakes) > before:
+            self._wakes_of[view.name] = min(self._wakes[before:])
 
     def deployment(self, view: DeploymentView) -> None:
-        replicas = self._replicas.get(view.name, [])
+        replicas = self._index.of_deployment.get(view.name, ())
         if view.current.deployment.deleting:
             self._delete(view, replicas)
             return
@@ -115,12 +130,14 @@ class _Planner:
             priority = Priority.REQUEST if number < awaited else Priority.PREWARM
             placement = place(self._room, view, priority=priority)
             held = number < awaited and self._snapshot.loads_fresh
-            givers = Givers(outdated=outdated, spare=lambda: self._spare_elsewhere(view), held=held)
+            givers = Givers(outdated=outdated, spare=partial(self._spare_elsewhere, view), held=held)
+            if isinstance(placement, Waiting):
+                detail = refusals(placement.candidates, placement.holders)
+                self._reasons[view.name] = Reason(text=placement.text, detail=detail)
             relief = self._reliever.relief(view, placement, givers, priority)
             if relief is not None:
                 let_go += self._relieve(view, relief, priority, placement)
             elif isinstance(placement, Waiting):
-                self._reasons[view.name] = Reason(text=placement.text, detail=refusals(placement.candidates))
                 break
             else:
                 self._start(view, placement, priority)
@@ -166,8 +183,6 @@ class _Planner:
     def _start(self, view: DeploymentView, placement: Placement, priority: Priority) -> None:
         self._room.start(placement.node, placement.devices, view.current.deployment.digest, priority)
         why = f"{in_words(placement.estimate)}; the checkpoint is in {placement.tier.name}"
-        if others := refusals(placement.candidates):
-            why += f" ({others})"
         self._actions.append(
             StartReplica(
                 deployment=view.name,
@@ -177,6 +192,7 @@ class _Planner:
                 why=why,
                 estimate=placement.estimate,
                 candidates=placement.candidates,
+                holders=placement.holders,
             )
         )
 
@@ -213,6 +229,7 @@ class _Planner:
                     why=why,
                     estimate=start.estimate,
                     candidates=(Candidate(node=start.node, refused="", estimate=start.estimate),),
+                    holders=1,
                 )
             )
         self._actions.append(
@@ -227,28 +244,42 @@ class _Planner:
 
     def stays(self) -> None:
         """Replicas that are emptied for nobody any more stay."""
-        for replica in self._snapshot.replicas.values():
+        for replica in self._index.astray.values():
             name = replica.spec.id
             if replica.displaced and name not in self._reliever.taken and name not in self._ended:
                 why = f"{replica.room_for} does not wait for its devices any more"
                 self._actions.append(KeepReplica(replica=name, why=why))
 
-    def _spare_elsewhere(self, view: DeploymentView) -> list[ReplicaView]:
-        """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3)."""
+    def _spare_elsewhere(self, view: DeploymentView, there: Iterable[ReplicaView]) -> list[ReplicaView]:
+        """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3); of the
+        deployments that have a replica `there`, where they could make room."""
         if view.name not in self._snapshot.held or not self._snapshot.loads_fresh:
             return []
         found: list[tuple[float, str, ReplicaView]] = []
-        for other in self._snapshot.deployments.values():
-            if other.name == view.name or other.name in self._snapshot.held or self._reliever.is_moving(other.name):
+        for name in sorted({replica.spec.deployment for replica in there if replica.ready}):
+            other = self._snapshot.deployments.get(name)
+            if other is None or other.name == view.name or other.name in self._snapshot.held:
                 continue
-            live = [r for r in self._replicas.get(other.name, []) if r.live and r.spec.id not in self._ended]
+            if self._reliever.is_moving(other.name):
+                continue
+            live = [r for r in self._index.of_deployment.get(name, ()) if r.live and r.spec.id not in self._ended]
             needed = max(other.needed, other.current.deployment.spec.min_replicas)
             spared = self._snapshot.pinned
             idle = [r for r in live if r.ready and not self._snapshot.loads.get(r.spec.id) and r.spec.id not in spared]
+            idle = [r for r in idle if self._yields(r, other, view, last=len(live) == 1)]
             unneeded_since = max(other.needed_at[needed:], default=0.0)
             spare = _idlest_first(self._snapshot, idle)[: max(0, len(live) - needed)]
             found.extend((unneeded_since, replica.spec.id, replica) for replica in spare)
         return [replica for _, _, replica in sorted(found, key=lambda entry: entry[:2])]
+
+    def _yields(self, replica: ReplicaView, owner: DeploymentView, newcomer: DeploymentView, *, last: bool) -> bool:
+        """True if it may make room by now; else that is looked at again when it may."""
+        at = yields_at(self._snapshot, replica, owner, newcomer, last=last)
+        if self._now < at:
+            self._wakes.append(at)
+            why = f"{replica.spec.id} of {owner.name} stays loaded for {at - self._now:.1f} s, or until more wait"
+            self._reasons[newcomer.name] = Reason(text="waiting for a free device", detail=why)
+        return self._now >= at
 
     # -- ending
 

@@ -17,11 +17,11 @@ from typing import assert_never
 from sllm.core.cluster import Changes, ClusterState
 from sllm.core.ids import DeploymentName, NodeName, ReplicaId, RequestId
 from sllm.core.migration import Outlook
-from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
-from sllm.core.startup import Estimate
+from sllm.core.startup import NOTHING_LEARNT, Estimate, Learnt
 from sllm.errors import SllmError
-from sllm.scheduler import autoscale, retry
+from sllm.scheduler import autoscale, residency, retry
+from sllm.scheduler.agenda import Agenda
 from sllm.scheduler.displacement import SPARED_S
 from sllm.scheduler.estimator import Estimator
 from sllm.scheduler.plan import (
@@ -35,6 +35,7 @@ from sllm.scheduler.plan import (
     StartReplica,
     StopReplica,
 )
+from sllm.scheduler.residency_plan import Recent
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
 from sllm.sim.moving import Mover
@@ -49,8 +50,8 @@ _MOST_PASSES = 100  # at one instant: a policy that wants more never comes to re
 
 
 class Controller:
-    """`thorough`: pass after every event, with all that is known; else only where something changed that a plan can
-    depend on, with what it can depend on, which is quicker and comes to the same (`tests/sim`)."""
+    """`thorough`: pass after every event, and look at all; else only where something changed that a plan can depend on,
+    at what it can depend on, which is quicker and comes to the same (`tests/sim`)."""
 
     def __init__(
         self,
@@ -67,8 +68,11 @@ class Controller:
         self.starts = 0
         self.stopped_busy = 0
         self.estimator = Estimator()
+        self._known = cluster.known
+        self._present = len(cluster.present)
         self._estimates: dict[ReplicaId, Estimate] = {}
         self._models: dict[DeploymentName, ModelSpec] = {model.deployment.name: model for model in cluster.models}
+        self._by_digest = {model.checkpoint.digest: model for model in cluster.models}
         self._nodes = nodes
         self._gateway = gateway
         self._events = events
@@ -80,11 +84,15 @@ class Controller:
             self._state.deployments[model.deployment.name] = model.view()
         self._dirty: dict[NodeName, Node] = dict(nodes)
         self._touched: dict[DeploymentName, None] = dict.fromkeys(self._models)
-        self._needed: set[DeploymentName] = set()
+        self._agenda = Agenda()
+        self._were_held: set[DeploymentName] = set()
         self._due = True
         self._displaced: set[ReplicaId] = set()
         self._mover = Mover(nodes, gateway, events, self._moved)
         self._wakes: set[float] = set()
+        self._recent = Recent()
+        self.prefetches = 0
+        self.copies = 0
         self._passed_at = 0.0
         self._passes_now = 0
         # To count with; plans are made from copies, which nothing can change under them.
@@ -96,6 +104,8 @@ class Controller:
             loads=gateway.loads,
             held=gateway.held,
         )
+        if residency.enabled(self._now_view):
+            events.at(residency.EVERY_S, self._prepare)
 
     # -- news
 
@@ -112,6 +122,10 @@ class Controller:
 
     def touched(self, deployment: DeploymentName) -> None:
         self._touched[deployment] = None
+
+    def asked(self, deployment: DeploymentName) -> None:
+        """A request for it has come."""
+        self._state.asked(deployment, 1, self._events.now)
 
     def heartbeat_missing(self, node: NodeName) -> None:
         """From now on it is not heard of."""
@@ -172,7 +186,7 @@ class Controller:
         for node in self._nodes.values():
             if node.up and node.spec.name in self._state.nodes:
                 self._state.heard(node.spec.name, now=now, wall=now)
-        before = dict(self._state.replicas)
+        before = self._state.replicas.view()
         self._state.judge(now)
         for name in before.keys() - self._state.replicas.keys():
             self._forgotten(before[name])
@@ -190,13 +204,21 @@ class Controller:
             demand = autoscale.demand(self._now_view, view, self._state.of(name))
             after = autoscale.remember(view, demand, self._events.now)
             self._state.deployments[name] = after
-            if after.needed:
-                self._needed.add(name)
-            else:
-                self._needed.discard(name)
             changed = changed or after.needed != view.needed
+            self._put_on_agenda(name)
         self._touched.clear()
         return changed
+
+    def _put_on_agenda(self, name: DeploymentName) -> None:
+        """That other replicas are needed is seen from the deployment."""
+        if name in self._gateway.held:
+            self._agenda.touch(name)
+            self._were_held.add(name)
+        elif name in self._were_held:
+            self._agenda.touch(name)
+            self._were_held.discard(name)
+        else:
+            self._agenda.touch_others(name)
 
     # -- plans
 
@@ -209,32 +231,59 @@ class Controller:
         self._passed_at = now
         if self._passes_now > _MOST_PASSES:
             raise SllmError(f"the policy does not come to rest: {_MOST_PASSES} plans at {now:.3f} s")
-        plan = self._decide(self._snapshot(), now, self._rng)
+        snapshot = self._snapshot()
+        plan = self._decide(snapshot, now, self._rng)
+        self._agenda.planned(snapshot, plan)
         for action in plan.actions:
             self._act(action)
         if self._displaced:
-            self._mover.advance(self._snapshot())
-        if plan.wake_at is not None and plan.wake_at not in self._wakes:
-            self._wakes.add(plan.wake_at)
-            self._events.at(plan.wake_at, self._wake, plan.wake_at)
+            self._mover.advance(self._whole())
+        for at in (plan.wake_at, self._agenda.next_wake()):
+            if at is not None and at not in self._wakes:
+                self._wakes.add(at)
+                self._events.at(at, self._wake, at)
         return bool(plan.actions)
 
     def _snapshot(self) -> Snapshot:
-        """What is known. Of deployments, those that run, wait or are to run: there is nothing to do for the others."""
-        snapshot = self._state.snapshot(
-            loads=self._gateway.loads,
-            held=self._gateway.held,
-            settled=True,
-            loads_fresh=True,
-            learnt=self.estimator.learnt(self._events.now),
-        )
+        """What is known, and what is due."""
+        snapshot = self._whole()
         if snapshot.held:
             snapshot = replace(snapshot, running=self._running(snapshot))
         if self._thorough:
             return snapshot
-        running = {replica.spec.deployment for replica in snapshot.replicas.values()}
-        names = sorted(running | snapshot.held.keys() | self._needed)
-        return replace(snapshot, deployments={name: snapshot.deployments[name] for name in names})
+        self._agenda.noted(self._state.touched())
+        return self._agenda.due(snapshot, self._events.now)
+
+    def _whole(self) -> Snapshot:
+        """All that is known."""
+        return self._state.snapshot(
+            loads=self._gateway.loads.view(),
+            held=self._gateway.held.view(),
+            settled=True,
+            loads_fresh=True,
+            learnt=self._learnt(),
+        )
+
+    def _learnt(self) -> Learnt:
+        learnt = self.estimator.learnt(self._events.now)
+        return learnt if self._known is NOTHING_LEARNT else learnt.over(self._known)
+
+    def _prepare(self) -> None:
+        """Have checkpoints lie where they will be wanted."""
+        now = self._events.now
+        copying = any(node.copying for node in self._nodes.values())
+        plan = residency.decide(self._whole(), self._recent, now, copying=copying)
+        self._recent.note(plan, now)
+        for prefetch in plan.prefetches:
+            self.prefetches += 1
+            if self._nodes[prefetch.node].up:
+                self._nodes[prefetch.node].prefetch(prefetch.digest, prefetch.instead_of)
+        for copy in plan.copies:
+            self.copies += 1
+            model = self._by_digest[copy.digest]
+            if self._nodes[copy.node].up:
+                self._nodes[copy.node].copy(model.checkpoint)
+        self._events.at(now + residency.EVERY_S, self._prepare)
 
     def _running(self, snapshot: Snapshot) -> dict[ReplicaId, dict[RequestId, Outlook]]:
         """What is expected of all requests that run."""
@@ -274,18 +323,7 @@ class Controller:
     def _start(self, action: StartReplica) -> None:
         self.starts += 1
         model, node = self._models[action.deployment], self._nodes[action.node]
-        spec = ReplicaSpec(
-            id=ReplicaId(f"rep-{self.starts:012d}"),
-            deployment=action.deployment,
-            revision=1,
-            generation=self.starts,
-            checkpoint=model.checkpoint.name,
-            digest=model.checkpoint.digest,
-            devices=action.devices,
-            capacity=model.deployment.capacity,
-            max_model_len=model.checkpoint.max_model_len,
-            engine_args=model.deployment.engine_args,
-        )
+        spec = model.replica(self._present + self.starts, action.devices)
         self._state.put(ReplicaView(spec=spec, node=action.node, priority=action.priority, command=Command.DONE))
         if action.estimate is not None:
             self._estimates[spec.id] = action.estimate

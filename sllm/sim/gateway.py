@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.migration import Outlook
 from sllm.core.snapshot import Held
+from sllm.core.table import Table
 from sllm.migration.length import LengthsOfAll
 from sllm.migration.outlook import outlook
 from sllm.sim.events import EventQueue
@@ -50,8 +51,8 @@ class Gateway:
         on_touched: Callable[[DeploymentName], None],
         on_ended: Callable[[Request, Replica | None], None],
     ) -> None:
-        self.held: dict[DeploymentName, Held] = {}
-        self.loads: dict[ReplicaId, int] = {}
+        self.held: Table[DeploymentName, Held] = Table()
+        self.loads: Table[ReplicaId, int] = Table()
         self._events = events
         self._models = {model.deployment.name: model for model in models}
         self._timeout_s = timeout_s

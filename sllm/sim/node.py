@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
+from sllm.core.checkpoint import Checkpoint
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.node import LoadReport, NodeReport
@@ -22,6 +23,7 @@ from sllm.sim.request import Request
 from sllm.sim.spec import ModelSpec, NodeSpec
 
 _KEPT_LOADS = 32
+_SERVING = (ReplicaState.READY, ReplicaState.DRAINING)
 
 
 class Outside(Protocol):
@@ -32,6 +34,26 @@ class Outside(Protocol):
 
     def lost(self, requests: Sequence[Request]) -> None:
         """Their replica has been ended under them."""
+
+
+class Told:
+    """Parts of the last report: what has not changed is told again by the same value, which is quick to take in."""
+
+    def __init__(self) -> None:
+        self._leased: frozenset[DeviceId] | None = None
+        self._held: tuple[object, ...] | None = None
+        self._devices: tuple[Device, ...] = ()
+        self._residencies: tuple[Residency, ...] = ()
+
+    def devices(self, leased: frozenset[DeviceId], make: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]:
+        if leased != self._leased:
+            self._leased, self._devices = leased, make()
+        return self._devices
+
+    def residencies(self, held: tuple[object, ...], make: Callable[[], tuple[Residency, ...]]) -> tuple[Residency, ...]:
+        if held != self._held:
+            self._held, self._residencies = held, make()
+        return self._residencies
 
 
 class Node:
@@ -48,6 +70,7 @@ class Node:
         self.spec = spec
         self.up = True
         self.replicas: dict[ReplicaId, Replica] = {}
+        self.copying = False  # a checkpoint is being written
         self.device_s = 0.0  # that devices have been leased, by replicas that are gone
         self._events = events
         self._outside = outside
@@ -61,13 +84,19 @@ class Node:
         self._queue = LoadingQueue(events, on_begun=self._begun, on_done=self._loaded)
         self._checkpoints = {model.checkpoint.digest: model.checkpoint for model in models}
         self._on_ssd = tuple(self._residency(digest, Tier.SSD) for digest in self._checkpoints)
+        self._all_checkpoints = tuple(self._checkpoints.values())
+        self._device_ids = tuple(map(self._device_id, range(spec.devices)))
+        self._told = Told()
+        for digest in spec.in_memory:
+            self._keep(self._checkpoints[digest])
+        self._prefetching: dict[str, Load] = {}
 
     # -- commands
 
     def start(self, spec: ReplicaSpec, model: ModelSpec, priority: Priority) -> None:
         """Lease the devices and begin to load. Raises ValueError if it could not be carried out."""
         leased = self._leased()
-        known = {self._device_id(number) for number in range(self.spec.devices)}
+        known = set(self._device_ids)
         if spec.digest not in self._checkpoints or not known.issuperset(spec.devices) or leased & set(spec.devices):
             raise ValueError(f"{self.spec.name} cannot start {spec.deployment} on {', '.join(spec.devices)}")
         now = self._events.now
@@ -75,6 +104,44 @@ class Node:
         self.replicas[spec.id] = replica
         self._fetch(replica)
         self._outside.changed(self)
+
+    def adopt(self, spec: ReplicaSpec, model: ModelSpec) -> None:
+        """Have a replica that was ready before the simulation began."""
+        replica = Replica(
+            spec=spec,
+            model=model,
+            node=self.spec.name,
+            priority=Priority.REQUEST,
+            began_at=self._events.now,
+            state=ReplicaState.READY,
+            phase=StartPhase.READY,
+            ready_at=-1.0,  # sooner than any request
+        )
+        self.replicas[spec.id] = replica
+        if self.spec.device_kind is DeviceKind.CPU:
+            self._pin(replica, self._pool.use(spec.digest, self._events.now))
+
+    def prefetch(self, digest: str, instead_of: Sequence[str]) -> None:
+        """Read a checkpoint into memory when nothing else is to be read, if it fits."""
+        for other in instead_of:
+            copy = self._pool.copies.get(other)
+            if copy is not None and not copy.pins:
+                self._pool.drop(copy)
+        if digest in self._pool.copies or self._queue.of(digest) is not None:
+            return
+        load = self._new_load(self._checkpoints[digest], Priority.PREFETCH, self.spec.ssd_bandwidth_bps)
+        if load.copy is not None:  # else nobody would take it out of the ring
+            load.copy.pins += 1
+            load.starts = 1
+            self._prefetching[digest] = load
+            self._queue.put(load)
+            self._outside.changed(self)
+
+    def copy(self, checkpoint: Checkpoint) -> None:
+        """Put a copy of a checkpoint on SSD, beside everything else: it is written as fast as it could be read."""
+        seconds = checkpoint.size_bytes / self.spec.ssd_bandwidth_bps * factor(self._rng, self._load_cv)
+        self.copying = True
+        self._events.at(self._events.now + seconds, self._copied, checkpoint, self._incarnation)
 
     def raise_priority(self, replica: ReplicaId, priority: Priority) -> None:
         found = self.replicas.get(replica)
@@ -123,6 +190,8 @@ class Node:
         gone = list(self.replicas.values())
         self.replicas.clear()
         self._queue.clear()
+        self._prefetching.clear()
+        self.copying = False
         for replica in gone:
             self._account(replica)
         self._pool = Pool(self.spec.dram_bytes)
@@ -134,6 +203,12 @@ class Node:
         self._revision = 0
         self._loads.clear()
         self._outside.changed(self)
+
+    def _keep(self, checkpoint: Checkpoint) -> None:
+        """Have a copy in the pool, if there is room for it."""
+        copy = self._pool.make(checkpoint.digest, checkpoint.size_bytes, self._events.now)
+        if copy is not None:
+            copy.ready, copy.reload_s = True, checkpoint.size_bytes / self.spec.ssd_bandwidth_bps
 
     # -- a start
 
@@ -150,7 +225,10 @@ class Node:
             self._granted(replica)
             return
         if load is None:
-            load = self._new_load(replica)
+            # The slowest tier on the way says how fast it goes (paper §5.1): the others work at the same time.
+            link_bps = self.spec.dram_bandwidth_bps * len(replica.spec.devices)
+            bandwidth_bps = min(self.spec.ssd_bandwidth_bps, link_bps)
+            load = self._new_load(replica.model.checkpoint, replica.priority, bandwidth_bps)
         self._pin(replica, load.copy)
         replica.load = load
         load.starts += 1
@@ -162,18 +240,14 @@ class Node:
         else:
             self._queue.raise_to(load, replica.priority)
 
-    def _new_load(self, replica: Replica) -> Load:
-        now, size_bytes = self._events.now, replica.model.checkpoint.size_bytes
-        copy = self._pool.make(replica.spec.digest, size_bytes, now)
-        # The slowest tier on the way says how fast it goes (paper §5.1): the others work at the same time.
-        link_bps = self.spec.dram_bandwidth_bps * len(replica.spec.devices)
-        seconds = size_bytes / min(self.spec.ssd_bandwidth_bps, link_bps) * factor(self._rng, self._load_cv)
+    def _new_load(self, checkpoint: Checkpoint, priority: Priority, bandwidth_bps: float) -> Load:
+        now, size_bytes = self._events.now, checkpoint.size_bytes
         return Load(
-            digest=replica.spec.digest,
+            digest=checkpoint.digest,
             size_bytes=size_bytes,
-            priority=replica.priority,
-            copy=copy,
-            left_s=seconds,
+            priority=priority,
+            copy=self._pool.make(checkpoint.digest, size_bytes, now),
+            left_s=size_bytes / bandwidth_bps * factor(self._rng, self._load_cv),
             asked_at=now,
         )
 
@@ -186,6 +260,8 @@ class Node:
         now = self._events.now
         if load.copy is not None:
             load.copy.ready, load.copy.reload_s, load.copy.last_used = True, load.read_s, now
+        if self._prefetching.pop(load.digest, None) is not None and load.copy is not None:
+            load.copy.pins -= 1
         self._read += 1
         self._loads.append(
             LoadReport(
@@ -203,6 +279,15 @@ class Node:
                 self._build(replica)
         self._outside.changed(self)
 
+    def _copied(self, checkpoint: Checkpoint, incarnation: int) -> None:
+        if not self.up or incarnation != self._incarnation:
+            return  # its agent was gone meanwhile
+        self.copying = False
+        self._checkpoints[checkpoint.digest] = checkpoint
+        self._on_ssd = (*self._on_ssd, self._residency(checkpoint.digest, Tier.SSD))
+        self._all_checkpoints = tuple(self._checkpoints.values())
+        self._outside.changed(self)
+
     def _granted(self, replica: Replica) -> None:
         """Its bytes are there, or on their way: an engine host is forked meanwhile."""
         replica.enter(StartPhase.FORKING, self._events.now)
@@ -218,9 +303,10 @@ class Node:
         self._outside.changed(self)
 
     def _build(self, replica: Replica) -> None:
-        replica.enter(StartPhase.BUILDING, self._events.now)
-        seconds = replica.copy_s + replica.model.timing.build_s
-        self._events.at(self._events.now + seconds, self._ready, replica)
+        now = self._events.now
+        loaded_s = now - replica.phase_since if replica.phase is StartPhase.LOADING else 0.0
+        replica.enter(StartPhase.BUILDING, now)
+        self._events.at(now + replica.copy_s + replica.model.timing.left_s(loaded_s), self._ready, replica)
 
     def _starts(self, replica: Replica) -> bool:
         """True unless it was ended meanwhile, or its node was lost."""
@@ -280,9 +366,6 @@ class Node:
     def report(self) -> NodeReport:
         """All of the node as it is now."""
         self._revision += 1
-        leased = self._leased()
-        kind, size_bytes = self.spec.device_kind, self.spec.device_memory_bytes
-        on_devices = self._serving()
         return NodeReport(
             name=self.spec.name,
             incarnation=f"{self.spec.name}-{self._incarnation}",
@@ -291,31 +374,47 @@ class Node:
             version="simulated",
             engine="simulated",
             warm=True,
-            devices=tuple(
-                Device(
-                    id=name,
-                    kind=kind,
-                    state=DeviceState.LEASED if name in leased else DeviceState.FREE,
-                    memory_bytes=size_bytes,
-                )
-                for name in map(self._device_id, range(self.spec.devices))
-            ),
+            devices=self._told.devices(frozenset(self._leased()), self._devices),
             tiers=(
+                TierUsage(
+                    tier=Tier.SSD,
+                    capacity_bytes=self.spec.ssd_bytes,
+                    used_bytes=sum(checkpoint.size_bytes for checkpoint in self._checkpoints.values()),
+                ),
                 TierUsage(tier=Tier.DRAM, capacity_bytes=self._pool.capacity_bytes, used_bytes=self._pool.used_bytes),
             ),
-            residencies=(*self._on_ssd, *self._in_dram(), *on_devices),
-            checkpoints=tuple(self._checkpoints.values()),
+            residencies=self._told.residencies(self._held(), self._residencies),
+            checkpoints=self._all_checkpoints,
             replicas=tuple(replica.status() for replica in self.replicas.values()),
             loads=tuple(self._loads),
         )
+
+    def _devices(self) -> tuple[Device, ...]:
+        kind, size_bytes, leased = self.spec.device_kind, self.spec.device_memory_bytes, self._leased()
+        return tuple(
+            Device(
+                id=name,
+                kind=kind,
+                state=DeviceState.LEASED if name in leased else DeviceState.FREE,
+                memory_bytes=size_bytes,
+            )
+            for name in self._device_ids
+        )
+
+    def _held(self) -> tuple[object, ...]:
+        """What residencies depend on."""
+        in_memory = [(copy.digest, copy.ready) for copy in self._pool.copies.values()]
+        return (len(self._on_ssd), *in_memory, *[(r.spec.digest, r.state in _SERVING) for r in self.replicas.values()])
+
+    def _residencies(self) -> tuple[Residency, ...]:
+        return (*self._on_ssd, *self._in_dram(), *self._serving())
 
     def _in_dram(self) -> list[Residency]:
         states = {True: ResidencyState.READY, False: ResidencyState.LOADING}
         return [self._residency(copy.digest, Tier.DRAM, states[copy.ready]) for copy in self._pool.copies.values()]
 
     def _serving(self) -> list[Residency]:
-        serving = (ReplicaState.READY, ReplicaState.DRAINING)
-        return [self._residency(r.spec.digest, Tier.DEVICE) for r in self.replicas.values() if r.state in serving]
+        return [self._residency(r.spec.digest, Tier.DEVICE) for r in self.replicas.values() if r.state in _SERVING]
 
     def _residency(self, digest: str, tier: Tier, state: ResidencyState = ResidencyState.READY) -> Residency:
         checkpoint = self._checkpoints[digest]

@@ -160,8 +160,9 @@ class _Greedy:
         for replica in self._snapshot.replicas.values():
             self._repeat(replica)
         held = self._snapshot.held
+        known = self._snapshot.deployments.values()
         for view in sorted(
-            self._snapshot.deployments.values(),
+            (view for view in known if view.needed or view.name in held or view.name in self._replicas),
             key=lambda v: (v.name not in held, held[v.name].since if v.name in held else 0.0, v.name),
         ):
             self._deployment(view)

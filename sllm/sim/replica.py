@@ -35,6 +35,7 @@ class Replica:
     copy: Copy | None = None
     running: dict[int, Request] = field(default_factory=dict)
     silent: bool = False
+    _told: ReplicaStatus | None = None
 
     def enter(self, phase: StartPhase, now: float) -> None:
         """Begin a phase of the start; what comes before it is over."""
@@ -46,6 +47,14 @@ class Replica:
         self.phase, self.phase_since = phase, now
 
     def status(self) -> ReplicaStatus:
+        """What is reported of it; while nothing changes, the same value."""
+        last = self._told
+        if last is None or (last.state, last.phase, last.running) != (self.state, self.phase, len(self.running)):
+            self._told = self._status()
+        assert self._told is not None
+        return self._told
+
+    def _status(self) -> ReplicaStatus:
         return ReplicaStatus(
             spec=self.spec,
             state=self.state,

@@ -58,7 +58,7 @@ class Result:
 
 def result_of(simulation: Simulation, *, policy: str, seed: int) -> Result:
     """Sum up a run that is over."""
-    ended = simulation.ended
+    ended = [request for request in simulation.ended if request.arrival.counted]
     timeout_s = simulation.cluster.timeout_s
     latencies = sorted(timeout_s if r.outcome is Outcome.REFUSED else r.waited_s for r in ended)
     served = Counter(request.served for request in ended if request.served is not None)

@@ -6,7 +6,7 @@ What is written in it is checked here and by `sllm.config`; what it means is in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -25,6 +25,7 @@ from sllm.sim.traces import read_lengths, read_trace
 from sllm.sim.workload import Lengths, LogNormal, Renewal, Row, Workload
 
 Name = TypeVar("Name")
+Workloads = TypeVar("Workloads", bound="WorkloadConfig")
 
 
 class NodeConfig(Section):
@@ -39,6 +40,7 @@ class NodeConfig(Section):
     ssd_bandwidth_bps: float = Field(gt=0, description="of the node: one checkpoint is read at a time")
     dram_bandwidth_bps: float = Field(gt=0, description="from the pool to each device")
     release_s: float = Field(default=0.1, ge=0, description="until a stopped replica's devices are free")
+    ssd_bytes: int = Field(default=10**15, gt=0, description="of the disk: no more copies are made than fit")
 
 
 class ModelConfig(Section):
@@ -56,6 +58,7 @@ class ModelConfig(Section):
     keep_alive_s: float = Field(default=60.0, ge=0)
     fork_s: float = Field(default=0.0, ge=0, description="of a start, while its bytes come")
     build_s: float = Field(ge=0, description="of a start, when all of its bytes have come")
+    rest_s: float | None = Field(default=None, ge=0, description="if it is built while they come: when the last has")
     prefill_token_s: float = Field(ge=0)
     token_s: float = Field(gt=0, description="per output token")
     recompute_token_s: float = Field(default=0.0, ge=0, description="per token of a request that lost its replica")
@@ -148,21 +151,28 @@ class LimitsConfig(Section):
     suspect_s: float = Field(default=6.0, gt=0)
     dead_s: float = Field(default=15.0, gt=0)
     drain_s: float = Field(default=60.0, ge=0)
+    min_loaded_s: float = Field(default=1.0, ge=0)
+    swap_hold_s: float = Field(default=30.0, ge=0)
+
+
+class ResidencyConfig(Section):
+    """As in the configuration of the controller (docs/configuration.md)."""
+
+    prefetch: bool = False
+    max_copies: int = Field(default=1, ge=1)
 
 
 ArrivalsConfig = Annotated[PoissonConfig | GammaConfig | TraceConfig, Field(discriminator="kind")]
 LengthsConfig = Annotated[ConstantLengths | LogNormalLengths | FileLengths, Field(discriminator="kind")]
 
 
-class ScenarioConfig(Section):
-    nodes: list[NodeConfig] = Field(min_length=1)
-    models: list[ModelConfig] = Field(min_length=1)
+class WorkloadConfig(Section):
+    """What is asked of a cluster, whichever that is."""
+
     popularity: Annotated[ZipfConfig | UniformConfig, Field(discriminator="kind")] = UniformConfig(kind="uniform")
     arrivals: ArrivalsConfig
     lengths: LengthsConfig | None = None
     noise: NoiseConfig = NoiseConfig()
-    failures: list[FailureConfig] = Field(default_factory=list)
-    limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")
     def _has_lengths(self) -> Self:
@@ -172,6 +182,14 @@ class ScenarioConfig(Section):
         if not traced and self.lengths is None:
             raise ValueError(f"[lengths] is needed where arrivals are {self.arrivals.kind!r}")
         return self
+
+
+class ScenarioConfig(WorkloadConfig):
+    nodes: list[NodeConfig] = Field(min_length=1)
+    models: list[ModelConfig] = Field(min_length=1)
+    failures: list[FailureConfig] = Field(default_factory=list)
+    limits: LimitsConfig = LimitsConfig()
+    residency: ResidencyConfig = ResidencyConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +203,7 @@ def read_scenario(path: Path, *, trace: Path | None = None) -> Scenario:
     and lengths. Raises InvalidConfiguration with the file and the key."""
     config = load(path, ScenarioConfig)
     if trace is not None:
-        config = config.model_copy(update={"arrivals": _replayed(config.arrivals, trace.absolute())})
+        config = replayed(config, trace)
     try:
         return scenario_of(config, path.parent)
     except InvalidConfiguration as error:
@@ -194,14 +212,16 @@ def read_scenario(path: Path, *, trace: Path | None = None) -> Scenario:
 
 def scenario_of(config: ScenarioConfig, folder: Path) -> Scenario:
     """What a configuration means. Files that it names are in `folder`. Raises InvalidConfiguration with the key."""
-    return Scenario(cluster=_cluster(config), workload=_workload(config, folder))
+    names = [DeploymentName(name) for group in config.models for name in _names(group.name, group.count)]
+    return Scenario(cluster=_cluster(config), workload=workload_of(config, names, folder))
 
 
-def _replayed(arrivals: PoissonConfig | GammaConfig | TraceConfig, file: Path) -> TraceConfig:
+def replayed(config: Workloads, trace: Path) -> Workloads:
     """Another trace in place of what the scenario has; of one that has a trace, as many requests at the same speed."""
+    arrivals, file = config.arrivals, trace.absolute()
     if isinstance(arrivals, TraceConfig):
-        return arrivals.model_copy(update={"file": file})
-    return TraceConfig(kind="trace", file=file)
+        return config.model_copy(update={"arrivals": arrivals.model_copy(update={"file": file})})
+    return config.model_copy(update={"arrivals": TraceConfig(kind="trace", file=file)})
 
 
 def _cluster(config: ScenarioConfig) -> Cluster:
@@ -221,6 +241,10 @@ def _cluster(config: ScenarioConfig) -> Cluster:
             suspect_s=limits.suspect_s,
             dead_s=limits.dead_s,
             drain_s=limits.drain_s,
+            min_loaded_s=limits.min_loaded_s,
+            swap_hold_s=limits.swap_hold_s,
+            prefetch=config.residency.prefetch,
+            max_copies=config.residency.max_copies,
         ),
         timeout_s=limits.queue_timeout_s,
         queue_length=limits.queue_per_deployment,
@@ -240,6 +264,7 @@ def _nodes(group: NodeConfig, place: str) -> Iterable[NodeSpec]:
             ssd_bandwidth_bps=group.ssd_bandwidth_bps,
             dram_bandwidth_bps=group.dram_bandwidth_bps,
             release_s=group.release_s,
+            ssd_bytes=group.ssd_bytes,
         )
 
 
@@ -264,11 +289,13 @@ def _models(group: ModelConfig, nodes: tuple[NodeSpec, ...], place: str) -> Iter
                 dtype="float16",
                 tensor_count=1,
                 max_model_len=group.max_model_len,
+                source=f"simulated:{name}",
             ),
             nodes=tuple(nodes[(number + turn) % len(nodes)].name for turn in range(copies)),
             timing=Timing(
                 fork_s=group.fork_s,
                 build_s=group.build_s,
+                rest_s=group.rest_s,
                 prefill_token_s=group.prefill_token_s,
                 token_s=group.token_s,
                 recompute_token_s=group.recompute_token_s,
@@ -306,17 +333,18 @@ def _failures(given: list[FailureConfig], names: set[NodeName]) -> tuple[Failure
     return tuple(Failure(node=NodeName(f.node), at=f.at_s, for_s=f.for_s) for _, f in found)
 
 
-def _workload(config: ScenarioConfig, folder: Path) -> Workload:
+def workload_of(config: WorkloadConfig, models: Sequence[DeploymentName], folder: Path) -> Workload:
+    """What is asked of these models. Files that it names are in `folder`. Raises InvalidConfiguration."""
     popularity = config.popularity
     return Workload(
         arrivals=_arrivals(config, folder),
-        models=[DeploymentName(name) for group in config.models for name in _names(group.name, group.count)],
+        models=models,
         exponent=popularity.exponent if isinstance(popularity, ZipfConfig) else 0.0,
         pace_cv=config.noise.pace_cv,
     )
 
 
-def _arrivals(config: ScenarioConfig, folder: Path) -> Renewal | list[Row]:
+def _arrivals(config: WorkloadConfig, folder: Path) -> Renewal | list[Row]:
     arrivals = config.arrivals
     if isinstance(arrivals, TraceConfig):
         rows = read_trace(folder / arrivals.file, requests=arrivals.requests, speed=arrivals.speed)

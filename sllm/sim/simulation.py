@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from random import Random
 
 from sllm.core.ids import DeploymentName, NodeName
+from sllm.core.priority import Priority
 from sllm.sim.controller import Controller, Decide
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
 from sllm.sim.node import Node
 from sllm.sim.replica import Replica
 from sllm.sim.request import Request
-from sllm.sim.spec import Arrival, Cluster, Failure
+from sllm.sim.spec import Arrival, Cluster, Failure, ModelSpec
 
 
 class Simulation:
@@ -44,6 +45,10 @@ class Simulation:
         )
         self._arrivals = arrivals
         self._came = 0
+        self._begin_present(cluster)
+        # What is open already is there before anything is decided.
+        while self._came < len(arrivals) and arrivals[self._came].at <= 0:
+            self._come()
         self._next_arrival()
         for failure in cluster.failures:
             self.events.at(failure.at, self._fail, failure)
@@ -69,6 +74,17 @@ class Simulation:
         """Device seconds that were leased until now."""
         return sum(node.leased_s(self.events.now) for node in self.nodes.values())
 
+    def _begin_present(self, cluster: Cluster) -> None:
+        """The controller finds these as one that was restarted does: in the nodes' first reports."""
+        models = {model.deployment.name: model for model in cluster.models}
+        for number, present in enumerate(cluster.present, 1):
+            model, node = models[present.deployment], self.nodes[present.node]
+            spec = model.replica(number, present.devices)
+            if present.ready:
+                node.adopt(spec, model)
+            else:
+                node.start(spec, model, Priority.REQUEST)
+
     # -- what happens
 
     def _next_arrival(self) -> None:
@@ -76,9 +92,13 @@ class Simulation:
             self.events.at(self._arrivals[self._came].at, self._arrive)
 
     def _arrive(self) -> None:
+        self._come()
+        self._next_arrival()
+
+    def _come(self) -> None:
         request = Request(number=self._came, arrival=self._arrivals[self._came])
         self._came += 1
-        self._next_arrival()
+        self.controller.asked(request.arrival.deployment)
         self.gateway.arrive(request)
 
     def _fail(self, failure: Failure) -> None:
@@ -114,10 +134,14 @@ class Simulation:
             self.nodes[replica.node].ended(replica, request)
 
     def _made_nodes(self, seed: int) -> dict[NodeName, Node]:
+        held: dict[NodeName, list[ModelSpec]] = {spec.name: [] for spec in self.cluster.nodes}
+        for model in self.cluster.models:
+            for name in model.nodes:
+                held[name].append(model)
         return {
             spec.name: Node(
                 spec,
-                [model for model in self.cluster.models if spec.name in model.nodes],
+                held[spec.name],
                 self.events,
                 self,
                 rng=Random(f"{seed}: loads of {spec.name}"),

@@ -14,9 +14,9 @@ import pytest
 from sllm.core.device import DeviceState
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.residency import ResidencyState, Tier
-from sllm.errors import Conflict, NotFound
+from sllm.errors import Conflict, NotFound, StaleGeneration
 from sllm.linux import start_ticks
-from sllm.rpc.agents import AgentReadLogsRequest, GetExecutionFilesRequest
+from sllm.rpc.agents import AgentReadLogsRequest, GetExecutionFilesRequest, PrefetchCommand
 
 pytestmark = pytest.mark.e2e
 
@@ -77,6 +77,23 @@ async def test_a_second_start_finds_the_weights_in_memory(
     await agent.start_replica(again)
     await agent.replica_in("ready")
     assert len(agent.controller.reports[-1].loads) == 1
+
+
+async def test_what_is_read_ahead_is_in_memory_for_the_first_start(
+    make_agent: Callable[..., Any], make_spec: Callable[..., Any], model: Path
+) -> None:
+    agent = make_agent()
+    await agent.start()
+    spec = make_spec((await agent.add(model)).digest, id=ReplicaId(""), devices=CPU)
+    await agent.client.prefetch(PrefetchCommand(epoch=1, spec=spec))
+    in_memory = (Tier.DRAM, ResidencyState.READY)
+    report = await agent.controller.until(lambda r: in_memory in {(each.tier, each.state) for each in r.residencies})
+    assert (device_states(report), report.replicas) == ([DeviceState.FREE], ())
+    await agent.start_replica(make_spec(spec.digest, devices=CPU))
+    await agent.replica_in("ready")
+    assert len(agent.controller.reports[-1].loads) == 1
+    with pytest.raises(StaleGeneration):
+        await agent.client.prefetch(PrefetchCommand(epoch=0, spec=spec))
 
 
 async def test_a_killed_host_is_a_failed_replica_with_free_devices(

@@ -14,7 +14,7 @@ from sllm.agent import hosts
 from sllm.core.ids import DeviceId, ReplicaId
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
-from sllm.errors import CapacityExceeded, Conflict, EngineFailed, NotFound, StaleGeneration
+from sllm.errors import CapacityExceeded, Conflict, EngineFailed, InvalidArgument, NotFound, StaleGeneration
 
 MakeNode = Callable[..., Any]
 MakeSpec = Callable[..., Any]
@@ -393,3 +393,23 @@ async def test_detaching_leaves_the_host_alone(make_node: MakeNode, make_spec: M
 
 async def nothing(**_: Any) -> None:
     """Stands for the close that the test has done itself."""
+
+
+async def test_what_a_replica_would_read_is_read_ahead_and_what_nobody_needs_goes_for_it(
+    make_node: MakeNode, make_spec: MakeSpec, make_model: Callable[..., Path]
+) -> None:
+    node = make_node(devices=2)
+    wanted, idle, used = [
+        await node.add(make_model(name, (4 << 20) + n), name) for n, name in enumerate(["wanted", "idle", "used"])
+    ]
+    await serving(node, make_spec(used))
+    node.local.weights.prefetch(node.local.store.with_digest(idle))
+    await node.until(lambda: len(node.local.weights.in_memory) == 2)
+    spec = make_spec(wanted, id=ReplicaId(""), devices=(DeviceId("fake-1"),))
+    await node.local.replicas.prefetch(spec, (idle, used, wanted))
+    await node.until(lambda: {m.digest for m in node.local.weights.in_memory if m.ready} == {wanted, used})
+    assert set(node.local.replicas.leases.holders) == {DeviceId("fake-0")}
+    with pytest.raises(InvalidArgument, match="does not have the devices fake-7"):
+        await node.local.replicas.prefetch(make_spec(wanted, devices=(DeviceId("fake-7"),)), ())
+    with pytest.raises(NotFound):
+        await node.local.replicas.prefetch(make_spec("nothing"), ())

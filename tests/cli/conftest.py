@@ -23,6 +23,7 @@ from sllm.core.decision import (
     WaitsOn,
 )
 from sllm.core.deployment import Deployment, DeploymentSpec, DeploymentState
+from sllm.core.description import ClusterDescription, DescribedDeployment
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.ids import CheckpointName, DeploymentName, DeviceId, NodeName, OperationId, ReplicaId, RequestId
 from sllm.core.migration import MigrationPlan, PlannedMove
@@ -32,6 +33,7 @@ from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaSpec, ReplicaState, ReplicaStatus, StartPhase
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.residency import Residency, ResidencyState, Tier, TierUsage
+from sllm.core.snapshot import Policy
 from sllm.core.startup import Basis, Estimate, Part
 from sllm.rpc import control, transport
 
@@ -243,6 +245,13 @@ DEPLOYMENT_PLAN = DeploymentPlan(
 )
 
 
+DESCRIPTION = ClusterDescription(
+    policy=Policy(),
+    nodes=(NODE,),
+    deployments=(DescribedDeployment(deployment=DEPLOYMENT, max_model_len=512, size_bytes=CHECKPOINT.size_bytes),),
+)
+
+
 @dataclass
 class FakeControl:
     """`asked` records what arrived. Operations run through `changes`, then end; `endless` ones never do."""
@@ -257,6 +266,7 @@ class FakeControl:
     plan: MigrationPlan = PLAN
     explanation: Explanation = EXPLANATION
     deployment_plan: DeploymentPlan = DEPLOYMENT_PLAN
+    description: ClusterDescription = DESCRIPTION
     log: tuple[str, ...] = ("first line\n", "second line\n")
     watched: threading.Event = field(default_factory=threading.Event)
     address: str = ""
@@ -342,6 +352,10 @@ class FakeControl:
     async def explain(self, request: control.ExplainRequest) -> Explanation:
         self._check(request)
         return self.explanation
+
+    async def describe_cluster(self, request: control.Empty) -> ClusterDescription:
+        self._check(request)
+        return self.description
 
     async def read_logs(self, request: control.ReadLogsRequest) -> AsyncIterator[control.LogChunk]:
         self._check(request)

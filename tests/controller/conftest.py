@@ -35,6 +35,7 @@ from sllm.rpc.agents import (
     AgentReadLogsRequest,
     GetExecutionFilesRequest,
     MigrateCommand,
+    PrefetchCommand,
     RemoveCheckpointCommand,
     StartReplicaCommand,
     StopReplicaCommand,
@@ -152,7 +153,10 @@ class FakeAgent:
                 )
                 for d in self.devices
             ),
-            tiers=(TierUsage(tier=Tier.SSD, capacity_bytes=self.free_bytes, used_bytes=0),),
+            tiers=(
+                TierUsage(tier=Tier.SSD, capacity_bytes=self.free_bytes, used_bytes=0),
+                TierUsage(tier=Tier.DRAM, capacity_bytes=GIB, used_bytes=1000 * len(self.in_memory)),
+            ),
             residencies=tuple(
                 Residency(
                     checkpoint=c.name, digest=c.digest, tier=tier, state=ResidencyState.READY, size_bytes=c.size_bytes
@@ -282,6 +286,12 @@ class FakeAgent:
         if self.damage:
             raise self.damage
         yield AddProgress(done_bytes=1000, total_bytes=1000, checkpoint=self.checkpoints[request.name])
+
+    async def prefetch(self, request: PrefetchCommand) -> Empty:
+        self._heard(request)
+        self.in_memory.add(request.spec.checkpoint)
+        self.changed()
+        return Empty()
 
     def orders(self) -> list[MigrationOrder]:
         return [c.order for c in self.commands if isinstance(c, MigrateCommand)]

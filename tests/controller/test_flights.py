@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from sllm.controller.flights import REST_S, Flights
 from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState
 from sllm.core.route import RouteTarget
-from sllm.errors import Unavailable
+from sllm.errors import DeadlineExceeded, QueueFull, SllmError, Unavailable
 
 TARGET = RouteTarget(replica="rep-t", node="b", address="b:1", generation=2, revision=1, capacity=4)
 ORDER = MigrationOrder(id="mig-1", replica="rep-s", generation=1, target=TARGET, requests=("r1", "r2"))
@@ -55,6 +57,17 @@ def test_a_failure_names_its_destination_and_its_error():
     tally = flights.tally("op-1")
     assert tally.tried == {"r1": ("rep-t",)}
     assert isinstance(tally.errors["r1"], Unavailable)
+
+
+@pytest.mark.parametrize("error", [QueueFull("too many rounds"), DeadlineExceeded("no time left")])
+def test_what_passes_says_nothing_against_a_destination(error: SllmError):
+    flights = begun()
+    flights.report(report("r1", MigrationState.FAILED, error=error.message, error_reason=error.reason))
+    tally = flights.tally("op-1")
+    assert tally.tried == {}
+    assert isinstance(tally.errors["r1"], type(error))
+    flights.end("mig-1", None, 0.0)
+    assert flights.next_rest_over() == REST_S
 
 
 def test_what_has_moved_says_what_it_took():

@@ -111,3 +111,8 @@ def test_memory_is_bounded(monkeypatch):
     for digest in ("m1", "m2", "m3"):
         forecast.observe(replica(digest=digest), NODES, Round(tokens=10, cached_tokens=0, seconds=1.0))
     assert [bool(forecast.of(digest)) for digest in ("m1", "m2", "m3")] == [False, True, True]
+
+
+def test_choices_are_made_side_by_side() -> None:
+    four = row(output_tokens=40, max_tokens=120, interval_s=0.1, choices=4)
+    assert Forecast().outlook(four, SNAPSHOT).left_s == pytest.approx(2)

@@ -171,3 +171,17 @@ def test_a_handover_is_forgotten_with_its_gateway():
     loads.forget_silent(FORGOTTEN_S)
     loads.report("g", "", (row("1"),), FORGOTTEN_S)
     assert loads.per_replica() == {"rep-x": 1}
+
+
+def test_a_report_is_news_of_each_request_once():
+    loads = Loads()
+    told = (row("1"), row("2", None, RequestState.HELD))
+    assert loads.news("g", "", told, {}) == {"app": 2}
+    loads.report("g", "", told, 0.0)
+    assert loads.news("g", "", (row("2"), row("3")), {"app": 1}) == {"app": 1}
+
+
+def test_what_began_and_ended_between_two_reports_is_news_too():
+    loads = Loads()
+    loads.report("g", "", (row("1"),), 0.0)
+    assert loads.news("g", "", (), {"app": 3, "bee": 2}) == {"app": 2, "bee": 2}

@@ -101,11 +101,49 @@ async def test_one_that_ends_first_is_not_moved(bench):
     await bench.request(source, "req-1")
 
     async def finishes(order):
+        del bench.gateway.rows["req-1"]
         yield MigrationReport(migration=order.id, request="req-1", state=MigrationState.FINISHED)
 
     bench.agents["a"].migrates = finishes
-    done = await bench.done(await bench.migrate("b", request="req-1"))
+    operation = await bench.migrate("b", request="req-1")
+    await bench.advance(1)
+    done = await bench.done(operation)
     assert (done.state, done.phase) == ("done", "0 moved, 1 finished first")
+
+
+async def test_one_that_ends_while_its_destination_starts_has_not_moved(bench):
+    await bench.add("a")
+    b = await bench.add("b")
+    b.held = True
+    await bench.done(await bench.deploy(min_replicas=1, max_replicas=2))
+    (source,) = bench.replicas()
+    row = await bench.request(source, "req-1")
+    operation = await bench.migrate("b", request="req-1")
+    await bench.until(lambda: b.replicas)
+    await bench.gateway.finish(row)
+    done = await bench.done(operation)
+    assert (done.state, done.phase) == ("done", "0 moved, 1 finished first")
+
+
+async def test_one_that_goes_on_elsewhere_because_its_engine_died_is_moved_from_there(bench):
+    """Its source says that it has ended there, and its gateway that it goes on."""
+    for name in "abc":
+        await bench.add(name)
+    await bench.done(await bench.deploy(min_replicas=3, max_replicas=3))
+    replicas = {replica.node: replica for replica in bench.replicas()}
+    await bench.request(replicas["a"], "req-1")
+
+    async def dies(order):
+        yield MigrationReport(migration=order.id, request="req-1", state=MigrationState.FINISHED)
+        bench.follow("req-1", replicas["c"].spec.id)
+
+    bench.agents["a"].migrates = dies
+    bench.agents["c"].migrates = bench.moves_all
+    operation = await bench.migrate("b", request="req-1")
+    await bench.until(lambda: bench.agents["a"].orders())
+    await bench.advance(2)
+    assert (await bench.done(operation)).phase.startswith("1 moved")
+    assert bench.gateway.rows["req-1"].replica == replicas["b"].spec.id
 
 
 async def test_one_that_fails_is_told_with_its_reason(bench):
@@ -231,7 +269,8 @@ async def test_a_request_that_ended_while_the_controller_was_away_is_over(bench,
     await bench.quiet()
     assert bench.operation(operation).state == "running", "its gateway may have had no time to report"
     await bench.advance(6)
-    assert (await bench.done(operation)).state == "done"
+    done = await bench.done(operation)
+    assert (done.state, done.phase) == ("done", "0 moved, 1 finished first")
 
 
 # -- what is refused
@@ -329,6 +368,20 @@ async def test_a_replica_without_room(bench):
     error = await refused(bench, request="req-1")
     assert isinstance(error, QueueFull)
     assert "has no room" in str(error)
+
+
+async def test_nothing_is_started_for_a_deployment_that_is_being_deleted(bench):
+    a, b = await bench.add("a"), await bench.add("b")
+    a.drains = True
+    await bench.done(await bench.deploy(min_replicas=1, max_replicas=2))
+    (source,) = bench.replicas()
+    await bench.request(source, "req-1")
+    await bench.delete()
+    await bench.until(lambda: bench.replicas()[0].state is ReplicaState.DRAINING)
+    error = await refused(bench, request="req-1")
+    assert isinstance(error, Conflict)
+    assert "is being deleted" in str(error)
+    assert b.starts() == []
 
 
 async def test_no_replica_beyond_the_limit_for_a_part_of_the_requests(bench):

@@ -14,6 +14,7 @@ from e2e.cluster import Cluster
 
 from sllm.cli import context as contexts
 from sllm.config import TlsConfig, check
+from sllm.core.description import ClusterDescription
 from sllm.core.ids import NodeName, ReplicaId, RequestId, make_id
 from sllm.core.operation import Operation, OperationState
 from sllm.core.replica import ReplicaState
@@ -62,20 +63,23 @@ class Operator:
         rows = self._run(self._client.list_requests(Empty())).requests
         return next((row.id for row in rows if row.deployment == deployment and row.replica), None)
 
-    def try_to_migrate(self, request: str, node: NodeName) -> Operation | None:
-        """As `migrate`; None if the controller refused: the request is there already, or over, or not known yet."""
-        try:
-            return self.migrate(request, node)
-        except SllmError:
-            return None
+    def describe(self) -> ClusterDescription:
+        return self._run(self._client.describe_cluster(Empty()))
 
-    def try_to_move_all(self, replica: str, node: str) -> bool:
-        """Move all that runs on a replica; False if that was refused, or failed."""
+    def moves(self, request: str, node: str) -> bool:
+        """Move a request; False if it did not: it is there already, or over, or not known yet."""
+        return self._has_moved(node=NodeName(node), request=RequestId(request))
+
+    def moves_all(self, replica: str, node: str) -> bool:
+        """Move all that runs on a replica; False if nothing did."""
+        return self._has_moved(node=NodeName(node), replica=ReplicaId(replica))
+
+    def _has_moved(self, **fields: Any) -> bool:
         try:
-            asked = self._request(node=NodeName(node), replica=ReplicaId(replica))
-            return self._run(self._migrate(asked)).state is OperationState.DONE
+            done = self._run(self._migrate(self._request(**fields)))
         except SllmError:
             return False
+        return done.state is OperationState.DONE and not done.phase.startswith("0 moved")
 
     def migrate(self, request: str, node: NodeName) -> Operation:
         """Move a request, and return the operation when it is over. Raises what the controller refuses with."""

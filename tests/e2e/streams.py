@@ -15,7 +15,7 @@ TIMEOUT_S = 120
 
 @dataclass(slots=True)
 class Choice:
-    """`logprobs` has one entry per token, as the server wrote it."""
+    """`logprobs` has one entry per token, as the server wrote it; `calls` are name and arguments of each tool call."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -79,8 +79,9 @@ def _take(answer: Answer, event: Any) -> None:
         choice.token_ids += part.get("token_ids") or ()
         choice.logprobs += _logprobs(part.get("logprobs"))
         for call in delta.get("tool_calls") or ():
-            arguments = (call.get("function") or {}).get("arguments") or ""
-            choice.calls[call["index"]] = choice.calls.get(call["index"], "") + arguments
+            function = call.get("function") or {}
+            said = (function.get("name") or "") + (function.get("arguments") or "")
+            choice.calls[call["index"]] = choice.calls.get(call["index"], "") + said
         choice.finish = part.get("finish_reason") or choice.finish
         choice.stop = part.get("stop_reason") or choice.stop
 

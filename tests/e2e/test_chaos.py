@@ -154,7 +154,7 @@ class Run:
                 if replicas and len(nodes) > 1:  # a controller that has just begun may know fewer
                     source = self._random.choice(replicas)
                     node = self._random.choice([name for name in nodes if name != source.node])
-                    self.moved += operator.try_to_move_all(source.status.spec.id, node)
+                    self.moved += operator.moves_all(source.status.spec.id, node)
 
     def _strike(self) -> None:
         with self._striking:

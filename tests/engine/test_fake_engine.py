@@ -71,6 +71,14 @@ def test_a_resumed_request_goes_on_exactly_as_it_would_have(
     assert len(whole) == max_tokens
 
 
+@given(prompts, st.integers(0, 2**31), st.integers(0, 7))
+def test_one_that_is_resumed_with_a_wrong_token_goes_on_otherwise(prompt: list[int], seed: int, wrong: int) -> None:
+    """Or no test of a resume would see it."""
+    whole = tokens(run(core(), ask(prompt, seed=seed, max_tokens=24)))
+    had = [token + (at == wrong) for at, token in enumerate(whole[:8])]
+    assert tokens(run(core(), ask(prompt + had, had=8, seed=seed, max_tokens=24))) != whole[8:]
+
+
 @given(prompts, st.integers(0, 1000))
 def test_the_same_request_gets_the_same_answer_and_another_seed_another(prompt: list[int], seed: int) -> None:
     first = tokens(run(core(), ask(prompt, seed=seed, max_tokens=16)))

@@ -203,6 +203,29 @@ async def test_many_requests_move_and_the_rest_stay(two: Make, gateway: Gateway,
     assert [each.tokens for each in followed] == expected
 
 
+async def test_one_whose_turn_comes_with_the_end_of_another_moves_behind_its_own_tokens(
+    two: Make, gateway: Gateway, request_of: Make
+) -> None:
+    """Both have a token of the step in which the first one ends, and the second is short enough to go at once."""
+    source, destination = await two(gated="ab")
+    waits = replace(request_of(1, [5], max_tokens=14), request_id=RequestId("req-waits"))
+    ends = request_of(2, PROMPT, max_tokens=12)
+    followed = [gateway.send(source.target, request) for request in (waits, ends)]
+    await source.until_status(lambda status: status.running == 2)
+    source.clock.let(8)
+    await gateway.until(lambda: len(followed[1].tokens) >= 7)
+    order = await moving(source, destination, requests=(ends.request_id, waits.request_id), concurrency=1)
+    source.clock.let(5)
+    reports = await order
+    assert last(reports, ends.request_id).state is MigrationState.FINISHED
+    assert last(reports, waits.request_id).state is MigrationState.MOVED
+    destination.clock.open()
+    source.clock.open()
+    await gateway.finished(*followed)
+    assert followed[0].moves
+    assert followed[0].tokens == await undisturbed(gateway, destination, waits)
+
+
 async def test_what_has_moved_away_ends_a_drain(two: Make, gateway: Gateway, request_of: Make) -> None:
     source, destination = await two(gated="a")
     followed = gateway.send(source.target, request_of(1, PROMPT, max_tokens=40))

@@ -16,7 +16,7 @@ from sllm.core.tokens import Finish, FinishReason, Prefill
 from sllm.engine.base import Output
 from sllm.engine.fake import FakeSettings
 from sllm.engine.recomputes import Recomputes
-from sllm.errors import Cancelled, EngineFailed, InvalidArgument, QueueFull, SllmError, StaleGeneration, Unavailable
+from sllm.errors import Cancelled, InvalidArgument, QueueFull, SllmError, StaleGeneration, Unavailable
 from sllm.migration.destination import MAX_AT_ONCE
 from sllm.rpc.engine import RecomputeRequest, StopRequest
 
@@ -170,5 +170,5 @@ async def test_a_host_whose_engine_broke_does_no_rounds(serve: Serve, request_of
     stream = served.open()
     stream.send(request_of(1, [5], max_tokens=100))
     await served.until(ReplicaState.FAILED)
-    with pytest.raises(EngineFailed, match="position 3"):
+    with pytest.raises(Unavailable, match="position 3"):
         await served.client.recompute(ask(), timeout_s=10)

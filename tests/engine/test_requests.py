@@ -20,10 +20,10 @@ TARGET = RouteTarget(
 )
 
 
-def ask(stream_id: int, *, had: int = 0) -> TokenRequest:
+def ask(stream_id: int, *, had: int = 0, request: str = "req-1") -> TokenRequest:
     return TokenRequest(
         stream_id=stream_id,
-        request_id=RequestId("req-1"),
+        request_id=RequestId(request),
         token_ids=[5] * (had + 1),
         num_output_tokens=had,
         sampling_params=b"{}",
@@ -150,6 +150,42 @@ def test_a_request_has_ended_with_its_last_sequence() -> None:
     assert ended == []
     assert requests.disconnect(one) == keys[1:]
     assert ended == ["req-1"]
+
+
+class Mover:
+    """Hands `waiting` over when another request has ended, as an order does in which it is the next."""
+
+    def __init__(self, waiting: str) -> None:
+        keys = itertools.count(1)
+        self.requests = Requests(lambda: next(keys), self._ended)
+        self.moved: list[int] = []
+        self._waiting = RequestId(waiting)
+
+    def _ended(self, request: RequestId) -> None:
+        if request != self._waiting:
+            self.moved += self.requests.hand_over(self._waiting, TARGET, 1.0, 10)
+
+
+async def test_a_handover_that_the_end_of_another_brings_about_comes_behind_the_tokens_of_that_step() -> None:
+    mover = Mover("req-2")
+    one = mover.requests.connect("one")
+    waits = mover.requests.open(one, ask(1, request="req-2"))
+    ends = mover.requests.open(one, ask(2, request="req-1"))
+    last = Output(key=ends, token_ids=[8], finish=Finish(reason=FinishReason.LENGTH))
+    mover.requests.deliver([Output(key=waits, token_ids=[7]), last], 0.0, 9)
+    assert mover.moved == [waits]
+    step, handover = await drained(one)
+    assert [output.stream_id for output in step.outputs] == [1, 2]
+    assert [(moved.stream_id, moved.position) for moved in handover.moves] == [(1, 1)]
+
+
+def test_what_goes_with_its_gateway_is_not_handed_over_meanwhile() -> None:
+    mover = Mover("req-2")
+    one = mover.requests.connect("one")
+    keys = [mover.requests.open(one, ask(1, request="req-1")), mover.requests.open(one, ask(2, request="req-2"))]
+    assert mover.requests.disconnect(one) == keys
+    assert mover.moved == []
+    assert len(mover.requests) == 0
 
 
 def test_a_sequence_knows_its_tokens_and_its_interval() -> None:

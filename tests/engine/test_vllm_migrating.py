@@ -17,11 +17,11 @@ from engine.following import Followed, Gateway, target_of
 
 from sllm.core.ids import MigrationId, ReplicaId, RequestId
 from sllm.core.launch import Launch
-from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState
+from sllm.core.migration import MigrationOrder, MigrationReport, MigrationState, RecomputeCost
 from sllm.core.replica import ReplicaState
 from sllm.core.route import RouteTarget
 from sllm.core.tokens import TokenRequest
-from sllm.rpc.engine import EngineClient
+from sllm.rpc.engine import AttachRequest, EngineClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
 
@@ -88,18 +88,21 @@ async def undisturbed(gateway: Gateway, host: Running, request: TokenRequest) ->
     return followed.tokens
 
 
-async def moved(gateway: Gateway, source: Running, destination: Running, *followed: Followed) -> list[MigrationReport]:
+async def moved(
+    gateway: Gateway, source: Running, destination: Running, *followed: Followed, **changes: Any
+) -> list[MigrationReport]:
     """Migrate all that runs, and return the reports once something has come from where it went."""
     order = MigrationOrder(
         id=MigrationId("mig-1"),
         replica=source.launch.spec.id,
         generation=source.launch.spec.generation,
         target=destination.target,
+        **changes,
     )
     async with aclosing(source.client.migrate(order)) as reports:
         seen = [report async for report in reports]
     assert seen[-1].state is MigrationState.MOVED, seen[-1]
-    await gateway.until(lambda: all(len(each.tokens) > each.moves[-1][0] for each in followed))
+    await gateway.until(lambda: all(each.moves and len(each.tokens) > each.moves[-1][0] for each in followed))
     return seen
 
 
@@ -119,6 +122,31 @@ async def test_a_greedy_answer_that_moves_to_and_fro_is_the_same(
     await gateway.finished(followed)
     assert [node for _, node in followed.moves] == ["b", "a", "b", "a"]
     assert followed.tokens == expected
+
+
+@pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "seeded"])
+async def test_one_that_moves_during_its_prefill_is_the_same(
+    vllm: SimpleNamespace, hosts: tuple[Running, Running], gateway: Gateway, seed: int | None
+) -> None:
+    """Rounds that gain nothing are not run: it is handed over at once, while its engine computes the prompt."""
+    params = {"temperature": 0.0 if seed is None else 1.0, "seed": seed, "max_tokens": 60, "ignore_eos": True}
+    request = replace(ask(vllm.sampling.SamplingParams(**params)), token_ids=PROMPT * 38)
+    expected = await undisturbed(gateway, hosts[1], request)
+    followed = gateway.send(hosts[0].target, replace(request, cache_salt="cold"))
+    await running(hosts[0])
+    no_gain = RecomputeCost(per_token_s=1e-9, fixed_s=1.0, observations=9)
+    await moved(gateway, *hosts, followed, cost=no_gain)
+    await gateway.finished(followed)
+    assert followed.moves == [(0, "b")]
+    assert followed.tokens == expected
+
+
+async def running(host: Running) -> None:
+    """Wait until a request has come to a host."""
+    async with aclosing(host.client.attach(AttachRequest(nonce=host.launch.nonce))) as statuses:
+        async for status in statuses:
+            if status.running:
+                return
 
 
 async def test_seeded_choices_that_move_together_are_the_same(

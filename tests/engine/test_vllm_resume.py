@@ -323,6 +323,18 @@ def test_recomputes_let_requests_go_first_and_disturb_none(engine: Child, featur
     assert all(len(outputs[key]) == 1 for key in recomputes)
 
 
+def test_a_long_recompute_beside_a_request_disturbs_it_not_and_is_found_whole(
+    engine: Child, features: Features
+) -> None:
+    long = [5 + number % 400 for number in range(460)]
+    script = Play(requests={1: request(features.params(), salt="beside")}, recomputes={9: (long, "long")}, late={9: 2})
+    outputs = engine.play(script)
+    assert tokens(outputs[1]) == features.plain
+    assert [output.prefill for output in outputs[9]] == [Prefill(num_prompt_tokens=460, num_cached_tokens=0)]
+    kept = 459 // engine.block_size * engine.block_size
+    assert recomputed(engine, long, "long").prefill == Prefill(num_prompt_tokens=460, num_cached_tokens=kept)
+
+
 def test_a_recompute_that_can_never_be_done_is_refused(engine: Child) -> None:
     for wrong in ([], [10_000], [5] * 512):
         with pytest.raises(InvalidArgument):

@@ -39,6 +39,7 @@ NAMES = [
     ("vllm.plugins", "load_general_plugins"),
     ("vllm.sampling_params", "SamplingParams.verify"),
     ("vllm.usage.usage_lib", "UsageContext.ENGINE_CONTEXT"),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
     ("vllm.v1.core.sched.utils", "check_stop"),
     ("vllm.utils.argparse_utils", "FlexibleArgumentParser"),

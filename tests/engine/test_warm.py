@@ -17,6 +17,7 @@ import pytest
 from sllm.core.launch import Launch
 from sllm.core.replica import ReplicaState
 from sllm.core.tokens import OpenStream
+from sllm.engine.process import CPU_NICE
 from sllm.errors import StaleGeneration
 from sllm.linux import start_ticks
 from sllm.rpc.engine import EngineClient, StopRequest
@@ -44,6 +45,7 @@ async def test_a_host_has_its_own_session_and_the_agent_as_parent(warm: Make, ma
     assert (int(parent), int(group), int(session)) == (os.getpid(), record.pid, record.pid)
     assert (record.nonce, record.spec, record.start_ticks) == (launch.nonce, launch.spec, start_ticks(record.pid))
     assert Path(launch.record_path).stat().st_mode & 0o777 == 0o600
+    assert os.getpriority(os.PRIO_PROCESS, record.pid) >= CPU_NICE
     assert Path(f"/proc/{record.pid}/comm").read_text().strip() == launch.spec.id[:15]
 
 

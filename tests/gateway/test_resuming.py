@@ -87,6 +87,27 @@ async def test_choices_go_on_together_those_that_are_over_stay_over(
     assert not cluster.gateway.dispatcher._load
 
 
+@pytest.mark.parametrize("change", [crash, fail, skip_one])
+@pytest.mark.parametrize("more", [0, 1, 5])
+async def test_a_destination_that_dies_after_the_handover_leaves_the_request_to_the_source_paper_5(
+    cluster: Any, a_route: Any, change: Script, more: int
+) -> None:
+    source, first = await cluster.host("rep-1")
+    destination, second = await cluster.host("rep-2")
+    await cluster.publish(a_route("m", first))
+    undisturbed = await events_of(cluster, STREAMED)
+    dying = after(more, change)
+
+    def moved_once(output: TokenOutput) -> TokenOutput:
+        source.moves = {}
+        return dying(output)
+
+    source.moves, destination.script = {3: second}, moved_once
+    assert await events_of(cluster, STREAMED) == undisturbed
+    assert source.requests[-1].num_output_tokens == 3 + more
+    assert not cluster.gateway.dispatcher._load
+
+
 async def test_a_process_that_dies_costs_nothing_to_any_of_its_requests(cluster: Any, a_route: Any) -> None:
     lost, first = await cluster.host("rep-1", script=lambda output: output)
     _, second = await cluster.host("rep-2", capacity=100)

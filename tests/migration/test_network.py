@@ -21,6 +21,7 @@ from sllm.migration import destination, source
 from sllm.migration.destination import Answer, Asked, Closing, Compute, Computed, Destination, Drop
 from sllm.migration.policy import MAX_ROUNDS, Progress
 from sllm.migration.source import (
+    Advanced,
     Begin,
     CalledOff,
     HandOver,
@@ -32,6 +33,7 @@ from sllm.migration.source import (
     Source,
     StopRecompute,
     TimeOver,
+    Waited,
 )
 
 REQUEST = RequestId("req-1")
@@ -137,6 +139,7 @@ class Network(RuleBasedStateMachine):
             if position < len(TOKENS):
                 self.send(host, Frame(stream, position))
                 self.hosts[host].running[stream] = position + 1
+                self.advanced(host, stream)
             else:
                 del self.hosts[host].running[stream]
                 self.tell(host, stream, RequestEnded())
@@ -166,7 +169,7 @@ class Network(RuleBasedStateMachine):
                 self.channel.pop(index)
 
     @rule(
-        kind=st.sampled_from(["silence", "call off", "calls break", "death"]),
+        kind=st.sampled_from(["silence", "call off", "calls break", "death", "no tokens"]),
         host=st.integers(0, HOSTS - 1),
         lucky=st.booleans(),
     )
@@ -179,6 +182,8 @@ class Network(RuleBasedStateMachine):
                 self.call_off(late=lucky)
             case "calls break":
                 self.break_calls(host, computed=lucky)
+            case "no tokens":
+                self.wait(host)
             case "death":
                 self.die(host, sent_arrives=lucky)
 
@@ -197,6 +202,12 @@ class Network(RuleBasedStateMachine):
         if self.at == host and not self.done:
             self.recover()
 
+    def wait(self, host: int) -> None:
+        """Sources there have waited for tokens for as long as they would."""
+        for migration in self.migrations:
+            if migration.host == host:
+                self.apply(migration, Waited(progress=self.progress(migration)))
+
     def notice_silence(self, aborted: bool) -> None:
         """The reader's host makes no sign of life: the reader goes elsewhere, though it may only be slow."""
         if not self.done:
@@ -209,7 +220,7 @@ class Network(RuleBasedStateMachine):
         """An order for the request, where it runs; `twice`: also if it is being carried out already."""
         host, to = self.at, (self.at + step) % HOSTS
         streams = list(self.hosts[host].running)
-        under_way = any(m.stream in streams and m.machine.phase is Phase.ROUND for m in self.migrations)
+        under_way = any(m.stream in streams and m.machine.phase is not Phase.OVER for m in self.migrations)
         if not streams or (under_way and not twice):
             return
         machine = source.new(cost=COST, block_size=4, deadline=self.now + 3.0)
@@ -251,6 +262,12 @@ class Network(RuleBasedStateMachine):
     def progress(self, migration: Migration) -> Progress:
         position = self.hosts[migration.host].running.get(migration.stream, len(TOKENS))
         return Progress(prompt_tokens=len(PROMPT), output_tokens=position, interval_s=INTERVAL_S)
+
+    def advanced(self, host: int, stream: int) -> None:
+        """A step has been sent: a migration that waits for tokens learns it."""
+        for migration in self.migrations:
+            if (migration.host, migration.stream) == (host, stream):
+                self.apply(migration, Advanced(progress=self.progress(migration)))
 
     def tell(self, host: int, stream: int, event: source.Event) -> None:
         for migration in self.migrations:

@@ -14,6 +14,7 @@ from sllm.migration import coordinator, source
 from sllm.migration.coordinator import CallOff, Coordinator, Opened, Over, Start, Stopped
 from sllm.migration.policy import MAX_ROUNDS, Progress
 from sllm.migration.source import (
+    Advanced,
     Begin,
     CalledOff,
     HandOver,
@@ -26,6 +27,8 @@ from sllm.migration.source import (
     Source,
     StopRecompute,
     TimeOver,
+    Waited,
+    Watch,
 )
 
 COST = RecomputeCost(per_token_s=0.002, fixed_s=0.01, observations=9)
@@ -38,6 +41,7 @@ class Request:
     machine: Source
     output: int
     called: bool = False  # a call to the destination is open
+    watched: bool = False  # it waits for tokens
     handovers: int = 0
     last: list[MigrationState] = field(default_factory=list)
 
@@ -69,6 +73,7 @@ class World:
         request = self.requests[name]
         before = request.machine.phase
         request.machine, effects = source.step(request.machine, event, self.now)
+        request.watched = request.watched and request.machine.phase is before
         for effect in effects:
             self.do(request, effect)
         if request.machine.phase is Phase.OVER and before is not Phase.OVER:
@@ -82,6 +87,9 @@ class World:
             case StopRecompute():
                 assert request.called
                 request.called = False
+            case Watch():
+                assert not request.watched
+                request.watched = True
             case HandOver():
                 assert not request.called
                 request.handovers += 1
@@ -90,8 +98,15 @@ class World:
 
     def decode(self) -> None:
         self.now += 0.02
-        for request in self.requests.values():
+        for name, request in self.requests.items():
             request.output += 1
+            if request.watched:
+                self.feed(name, Advanced(progress=request.progress()))
+
+    def wait(self, name: RequestId) -> None:
+        """It makes no tokens for as long as they are waited for."""
+        if self.requests[name].watched:
+            self.feed(name, Waited(progress=self.requests[name].progress()))
 
     def answer(self, name: RequestId, seconds: float, *, breaks: bool) -> None:
         request = self.requests[name]
@@ -109,7 +124,8 @@ class World:
         if request.machine.phase is not Phase.OVER:
             return
         done = Round(tokens=64, cached_tokens=0, seconds=0.1)
-        for event in (RoundEnded(round=done, progress=request.progress()), RoundFailed(error=LOST), TimeOver()):
+        late = (Advanced(progress=request.progress()), Waited(progress=request.progress()))
+        for event in (RoundEnded(round=done, progress=request.progress()), RoundFailed(error=LOST), TimeOver(), *late):
             self.feed(name, event)
 
     def check(self) -> None:
@@ -119,6 +135,7 @@ class World:
             assert request.handovers == (request.machine.outcome is MigrationState.MOVED)
             if request.machine.phase is Phase.OVER:
                 assert not request.called, "what is over has nothing computed"
+                assert not request.watched
                 assert request.last[-1] is request.machine.outcome
 
 
@@ -129,7 +146,7 @@ def test_every_request_of_an_order_has_one_outcome_within_bounds(
 ) -> None:
     world = World(outputs, concurrency)
     steps = data.draw(
-        st.lists(st.sampled_from(["decode", "answer", "break", "ended", "stray", "stop", "late"]), max_size=40)
+        st.lists(st.sampled_from(["decode", "answer", "break", "wait", "ended", "stray", "stop", "late"]), max_size=40)
     )
     for step in steps:
         name = data.draw(st.sampled_from(sorted(world.requests)))
@@ -138,6 +155,8 @@ def test_every_request_of_an_order_has_one_outcome_within_bounds(
                 world.decode()
             case "answer" | "break":
                 world.answer(name, data.draw(st.floats(1e-4, 2.0)), breaks=step == "break")
+            case "wait":
+                world.wait(name)
             case "ended":
                 world.feed(name, RequestEnded())
             case "stray":
@@ -166,9 +185,9 @@ def test_left_alone_an_order_ends_in_as_many_rounds_as_are_allowed(
     answers = 0
     while not world.coordinator.is_over:
         world.decode()
-        name = next(name for name, request in world.requests.items() if request.called)
-        world.answer(name, seconds, breaks=False)
-        answers += 1
+        for name in [name for name, request in world.requests.items() if request.called]:
+            world.answer(name, seconds, breaks=False)
+            answers += 1
         world.check()
     assert answers <= MAX_ROUNDS * len(outputs)
     assert all(request.machine.outcome is MigrationState.MOVED for request in world.requests.values())

@@ -8,6 +8,7 @@ from sllm.migration import source
 from sllm.migration.policy import MAX_ROUNDS, Progress
 from sllm.migration.source import (
     TRANSITIONS,
+    Advanced,
     Begin,
     CalledOff,
     Effect,
@@ -22,6 +23,8 @@ from sllm.migration.source import (
     Source,
     StopRecompute,
     TimeOver,
+    Waited,
+    Watch,
 )
 
 KNOWN = RecomputeCost(per_token_s=0.001, fixed_s=0.002, observations=10)
@@ -46,9 +49,9 @@ def in_round(output: int = 400) -> Source:
     return stepped(new(), Begin(progress=at(output)))[0]
 
 
-def answer(state: Source, output: int, *, seconds: float = 0.1) -> RoundEnded:
+def answer(state: Source, output: int, *, seconds: float = 0.1, interval_s: float = 0.02) -> RoundEnded:
     done = Round(tokens=state.asked_tokens, cached_tokens=state.covered_tokens // 16 * 16, seconds=seconds)
-    return RoundEnded(round=done, progress=at(output), round_trip_s=0.001)
+    return RoundEnded(round=done, progress=at(output, interval_s=interval_s), round_trip_s=0.001)
 
 
 def test_the_source_sends_all_tokens_so_far_and_goes_on_decoding_paper_5_2() -> None:
@@ -57,29 +60,67 @@ def test_the_source_sends_all_tokens_so_far_and_goes_on_decoding_paper_5_2() -> 
     assert state.phase is Phase.ROUND
 
 
-def test_a_later_round_sends_what_was_generated_meanwhile_until_the_gap_is_small_paper_5_2() -> None:
+def test_a_later_round_sends_what_was_generated_meanwhile_paper_5_2() -> None:
     state = in_round(1000)
-    state, effects = stepped(state, answer(state, 1055, seconds=1.1))
-    assert [e for e in effects if isinstance(e, Recompute)] == [Recompute(tokens=1155)]
-    state, effects = stepped(state, answer(state, 1058, seconds=0.06))
-    assert [type(e) for e in effects] == [Report, HandOver, Report]
+    state, effects = stepped(state, answer(state, 1255, seconds=1.1))
+    assert [e for e in effects if isinstance(e, Recompute)] == [Recompute(tokens=1355)]
+
+
+def filling() -> Source:
+    state = in_round(1000)
+    return stepped(state, answer(state, 1006, seconds=1.1, interval_s=0.01))[0]
+
+
+def test_the_last_round_is_sent_just_as_a_block_has_been_filled_and_the_handover_comes_behind_a_token() -> None:
+    state = in_round(1000)
+    state, effects = stepped(state, answer(state, 1006, seconds=1.1, interval_s=0.01))
+    assert effects[-1] == Watch(until=pytest.approx(2 * 14 * 0.01))
+    assert (state.phase, state.awaited_tokens) == (Phase.FILLING, 1120)
+    assert stepped(state, Advanced(progress=at(1019))) == (state, [])
+    state, effects = stepped(state, Advanced(progress=at(1020)))
+    assert (state.phase, effects) == (Phase.ROUND, [Recompute(tokens=1120)])
+    state, effects = stepped(state, answer(state, 1021, seconds=0.02, interval_s=0.01))
+    assert (state.phase, effects[-1]) == (Phase.LEAVING, Watch(until=pytest.approx(2 * 0.01)))
+    assert stepped(state, Advanced(progress=at(1021))) == (state, []), "another request's step"
+    state, effects = stepped(state, Advanced(progress=at(1022)))
+    assert [type(e) for e in effects] == [HandOver, Report]
     assert (state.phase, state.outcome) == (Phase.OVER, MigrationState.MOVED)
 
 
-def test_the_handover_says_what_pause_it_expects() -> None:
+def leaving() -> Source:
     state = in_round(412)  # 512 tokens: whole blocks
-    _, effects = stepped(state, answer(state, 414, seconds=0.512))
+    return stepped(state, answer(state, 413, seconds=0.001))[0]
+
+
+@pytest.mark.parametrize("state", [filling(), leaving()], ids=["filling", "leaving"])
+def test_a_source_that_makes_no_tokens_is_not_waited_for(state: Source) -> None:
+    after, effects = stepped(state, Waited(progress=at(1007)))
+    assert after.outcome is MigrationState.MOVED
+    assert isinstance(effects[0], HandOver)
+
+
+def test_a_request_without_a_rhythm_is_handed_over_at_once() -> None:
+    short = Progress(prompt_tokens=5, output_tokens=0, interval_s=0.0)
+    assert stepped(new(), Begin(progress=short))[0].outcome is MigrationState.MOVED
+
+
+def test_the_handover_says_what_pause_it_expects() -> None:
+    state = in_round(412)
+    state, _ = stepped(state, answer(state, 413, seconds=0.512))
+    assert state.phase is Phase.LEAVING
+    _, effects = stepped(state, Advanced(progress=at(414)))
     handover = next(e for e in effects if isinstance(e, HandOver))
     assert handover.predicted_pause_s == pytest.approx(0.002 + 2 * (0.510 / 512) + 0.001, rel=0.05)
 
 
 def test_no_round_is_run_that_does_not_pay() -> None:
     short = Progress(prompt_tokens=5, output_tokens=3, interval_s=0.02)
-    _, effects = stepped(new(), Begin(progress=short))
-    assert isinstance(effects[0], HandOver), "shorter than a block: nothing of it would be kept there"
+    state, _ = stepped(new(), Begin(progress=short))
+    assert state.phase is Phase.LEAVING, "its pause is within the request's own rhythm"
     cheap = RecomputeCost(per_token_s=1e-6, fixed_s=1e-3, observations=10)
-    _, effects = stepped(new(cheap), Begin(progress=at(400)))
-    assert isinstance(effects[0], HandOver), "the pause is within the request's own rhythm"
+    state, effects = stepped(new(cheap), Begin(progress=at(400)))
+    assert state.phase is Phase.LEAVING, "the pause is within the request's own rhythm"
+    assert not any(isinstance(effect, Recompute) for effect in effects)
 
 
 def test_while_nothing_is_known_one_round_tells() -> None:
@@ -94,10 +135,13 @@ def test_rounds_that_do_not_converge_are_not_run_for_ever() -> None:
         state, effects = stepped(state, answer(state, output, seconds=1.0))
         rounds += any(isinstance(e, Recompute) for e in effects)
     assert rounds <= MAX_ROUNDS
+    state, _ = stepped(state, Advanced(progress=at(output + 1)))
     assert state.outcome is MigrationState.MOVED
 
 
-@pytest.mark.parametrize("state", [new(), in_round()], ids=["waiting", "in a round"])
+@pytest.mark.parametrize(
+    "state", [new(), in_round(), filling(), leaving()], ids=["waiting", "in a round", "filling", "leaving"]
+)
 @pytest.mark.parametrize(
     ("event", "outcome"),
     [
@@ -121,10 +165,11 @@ def test_a_destination_that_dies_in_a_round_leaves_the_source_as_it_was_paper_5_
     assert effects == [Report(state=MigrationState.FAILED, error=LOST)]
 
 
-@pytest.mark.parametrize("event", [RequestEnded(), CalledOff(), TimeOver(), RoundFailed(error=LOST)])
+@pytest.mark.parametrize(
+    "event", [RequestEnded(), CalledOff(), TimeOver(), RoundFailed(error=LOST), Waited(progress=at(415))]
+)
 def test_after_the_handover_nothing_changes_what_happened_paper_5_3(event: Event) -> None:
-    state = in_round(412)
-    over, _ = stepped(state, answer(state, 413, seconds=0.001))
+    over, _ = stepped(leaving(), Advanced(progress=at(414)))
     assert over.outcome is MigrationState.MOVED
     assert stepped(over, event) == (over, [])
 
@@ -136,8 +181,12 @@ def test_after_the_deadline_no_round_is_begun() -> None:
 
 
 def test_the_table_has_every_event_of_every_phase_that_is_not_over() -> None:
-    begun = {event for phase, event in TRANSITIONS if phase is Phase.ROUND}
-    waiting = {event for phase, event in TRANSITIONS if phase is Phase.WAITING}
-    assert begun == {RoundEnded, RoundFailed, RequestEnded, CalledOff, TimeOver}
-    assert waiting == {Begin, RequestEnded, CalledOff, TimeOver}
-    assert not any(phase is Phase.OVER for phase, _ in TRANSITIONS)
+    always = {RequestEnded, CalledOff, TimeOver}
+    expected = {
+        Phase.WAITING: {Begin} | always,
+        Phase.ROUND: {RoundEnded, RoundFailed} | always,
+        Phase.FILLING: {Advanced, Waited} | always,
+        Phase.LEAVING: {Advanced, Waited} | always,
+        Phase.OVER: set(),
+    }
+    assert {phase: {event for at, event in TRANSITIONS if at is phase} for phase in Phase} == expected

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.message import Message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.priority import Priority
@@ -84,6 +84,7 @@ def test_dataclass_and_message_have_the_same_fields(cls: Any) -> None:
     assert {f.name for f in dataclasses.fields(cls)} == set(MESSAGES[cls].DESCRIPTOR.fields_by_name)
 
 
+@settings(deadline=None)  # a class's first value makes its strategies
 @given(st.data())
 def test_every_message_survives_the_wire(data: st.DataObject) -> None:
     cls = data.draw(st.sampled_from(list(MESSAGES)))

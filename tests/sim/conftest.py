@@ -36,6 +36,7 @@ def model(
         dtype="float16",
         tensor_count=1,
         max_model_len=2048,
+        source=f"simulated:{name}",
     )
     wish = DeploymentSpec(**{"name": name, "checkpoint": name, "target_concurrency": 1, "keep_alive_s": 60.0, **spec})
     return ModelSpec(deployment=wish, checkpoint=checkpoint, nodes=tuple(on), timing=timing or Timing(token_s=1.0))

@@ -112,7 +112,7 @@ def test_every_example_can_be_read(path):
         (NODES + MODELS + LENGTHS + '[arrivals]\nkind = "trace"\nfile = "t.csv"\n', "leave [lengths] out"),
         (NODES + MODELS + '[arrivals]\nkind = "trace"\nfile = "none.csv"\n', "none.csv: No such file"),
         ("nodes = [", "not TOML"),
-        ("", "nodes"),
+        ("", "arrivals"),
     ],
 )
 def test_a_mistake_is_named_with_its_file(tmp_path, text, named):

@@ -89,7 +89,7 @@ class Watched(Simulation):
             assert all(count == 1 for count in devices.values()), "no device is leased twice"
             assert len(devices) <= node.spec.devices
             report = node.report()
-            (dram,) = report.tiers
+            _, dram = report.tiers
             assert dram.used_bytes <= dram.capacity_bytes, "the pool holds no more than it has room for"
             assert dram.used_bytes == sum(r.size_bytes for r in report.residencies if r.tier.name == "DRAM")
             for replica in node.replicas.values():
