@@ -25,6 +25,7 @@ _DONE = {
     "scale": "{} scaled",
     "migrate": "{} moved",
     "drain": "{} drained",
+    "displace": "{} emptied",
 }
 
 

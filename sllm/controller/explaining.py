@@ -95,7 +95,9 @@ def _now(world: World, snapshot: Snapshot, name: DeploymentName) -> Explanation:
     view = snapshot.deployments.get(name)
     if view is None:
         return Explanation(deployment=name)
-    candidates = told_of(place(Room(snapshot), view).candidates)
+    reason = world.reasons.get(name)
+    candidates = reason.candidates if reason else ()
+    candidates = told_of(candidates or place(Room(snapshot), view).candidates)
     waits = waits_for(snapshot, view, world.reasons, world.clock.monotonic())
     return Explanation(deployment=name, waits_for=waits, candidates=candidates)
 

@@ -10,19 +10,14 @@ from dataclasses import dataclass
 
 from sllm.core.device import DeviceKind
 from sllm.core.ids import DeploymentName, NodeName
-from sllm.core.migration import RecomputeCost, Round
+from sllm.core.migration import Outlook, RecomputeCost, Round
 from sllm.core.request import RequestRow
 from sllm.core.snapshot import NodeView, ReplicaView, Snapshot
-from sllm.migration.estimate import RecomputeEstimate, predicted_s
-from sllm.migration.length import Lengths
-from sllm.migration.policy import Progress, Road, pause_s
-from sllm.scheduler.migrations import Outlook
+from sllm.migration.estimate import RecomputeEstimate
+from sllm.migration.length import LengthsOfAll
+from sllm.migration.outlook import outlook
+from sllm.migration.policy import Progress
 
-# Engines have block sizes of their own; a forecast of the pause needs no more than their magnitude.
-BLOCK_TOKENS = 16
-ROUND_TRIP_S = 0.005
-# From the decision to the first round: controller, agent, engine host, and back. What ends sooner is let end.
-OVERHEAD_S = 0.25
 KEPT_ESTIMATES = 1000
 
 Key = tuple[str, DeviceKind]
@@ -41,7 +36,7 @@ class Recompute:
 class Forecast:
     def __init__(self) -> None:
         self._estimates: dict[Key, RecomputeEstimate] = {}
-        self._lengths: dict[DeploymentName, Lengths] = {}
+        self._lengths = LengthsOfAll()
 
     def observe(self, target: ReplicaView, nodes: Mapping[NodeName, NodeView], measured: Round) -> None:
         """Learn from one round at its destination."""
@@ -57,10 +52,10 @@ class Forecast:
     def finished(self, row: RequestRow) -> None:
         """Learn how long a request was that its gateway reports no more: as it last was, a report interval ago."""
         if row.output_tokens:
-            self._lengths.setdefault(row.deployment, Lengths()).finished(row.output_tokens)
+            self._lengths.finished(row.deployment, row.output_tokens)
 
     def forget(self, deployment: DeploymentName) -> None:
-        self._lengths.pop(deployment, None)
+        self._lengths.forget(deployment)
 
     def cost(self, replica: ReplicaView, nodes: Mapping[NodeName, NodeView]) -> RecomputeCost:
         """What recomputing takes on a replica's kind of device."""
@@ -81,22 +76,17 @@ class Forecast:
         """What is expected of a request that runs, if it moved to a replica on devices like those that it is on."""
         replica = snapshot.replicas.get(row.replica) if row.replica else None
         cost = self.cost(replica, snapshot.nodes) if replica else RecomputeCost()
+        choices = max(1, row.choices)
         progress = Progress(
             prompt_tokens=row.prompt_tokens,
             output_tokens=row.output_tokens,
             interval_s=row.interval_s,
-            choices=max(1, row.choices),
+            choices=choices,
         )
-        pause = pause_s(progress, progress.tokens, Road(cost=cost, block_size=BLOCK_TOKENS, round_trip_s=ROUND_TRIP_S))
-        move_s = OVERHEAD_S + predicted_s(cost, progress.tokens) + pause
-        return Outlook(pause_s=pause, move_s=move_s, left_s=self._left_s(row))
-
-    def _left_s(self, row: RequestRow) -> float | None:
-        lengths = self._lengths.get(row.deployment, Lengths())
-        left = lengths.left(row.output_tokens, row.max_tokens)
-        if left is None or row.interval_s <= 0:
-            return None
-        return left / max(1, row.choices) * row.interval_s  # the choices are made side by side
+        left = self._lengths.left(row.deployment, row.output_tokens, row.max_tokens)
+        # The choices are made side by side.
+        left_tokens = left / choices if left is not None else None
+        return outlook(progress, cost, left_tokens=left_tokens, moves=row.moves)
 
 
 def kind_of(replica: ReplicaView, nodes: Mapping[NodeName, NodeView]) -> DeviceKind | None:

@@ -21,7 +21,8 @@ VERIFY: Final = "checkpoint.verify"
 ON_CHECKPOINTS: Final = (ADD, REMOVE, VERIFY)
 MIGRATE: Final = "migrate"
 DRAIN: Final = "drain"
-MOVING: Final = (MIGRATE, DRAIN)
+DISPLACE: Final = "displace"
+MOVING: Final = (MIGRATE, DRAIN, DISPLACE)
 
 KEPT_ENDED = 500
 
@@ -34,7 +35,7 @@ class Job:
     still work; then it has the nodes where they did, with the checkpoint's digest, whose reports must show it.
 
     A migration moves `requests` to the only one of `nodes`; `replica` is set if it was all of one. A drain empties that
-    node. Both end at `deadline_at` (wall clock) at the latest.
+    node, a displacement only `replica` there, because of `why`. All end at `deadline_at` (wall clock) at the latest.
     """
 
     operation: Operation
@@ -48,6 +49,7 @@ class Job:
     replica: ReplicaId | None = None
     requests: tuple[RequestId, ...] = ()
     deadline_at: float = 0.0
+    why: str = ""
 
     @property
     def id(self) -> OperationId:

@@ -114,6 +114,7 @@ def _policy(config: ControllerConfig) -> Policy:
         dead_s=max(config.node_lease_s, config.heartbeat_s * config.suspect_after),
         drain_s=config.drain_s,
         start_backoff_s=config.start_backoff_s,
+        displace=config.displace,
         max_start_failures=config.max_start_failures,
         stable_after_s=config.stable_after_s,
         min_loaded_s=config.min_loaded_s,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from sllm.controller.jobs import DRAIN, MIGRATE, Job
+from sllm.controller.jobs import DISPLACE, MIGRATE, Job
 from sllm.core.ids import DeploymentName, NodeName, OperationId, ReplicaId, RequestId
 from sllm.core.migration import MigrationPlan, PlannedMove
 from sllm.core.node import Cordon, NodeState
@@ -183,6 +183,7 @@ def wish(job: Job, tried: Mapping[RequestId, tuple[ReplicaId, ...]], wall: float
         operation=job.id,
         node=job.nodes[0],
         requests=requests,
+        replica=job.replica if job.operation.kind == DISPLACE else None,
         within_s=max(0.0, job.deadline_at - wall),
         tried=tried,
     )
@@ -190,7 +191,21 @@ def wish(job: Job, tried: Mapping[RequestId, tuple[ReplicaId, ...]], wall: float
 
 def ends_of(jobs: Iterable[Job], snapshot: Snapshot, rows: Mapping[RequestId, RequestRow]) -> frozenset[ReplicaId]:
     """The sources and destinations of migrations under way, which are not let go before these are over."""
-    return frozenset(end for job in jobs if job.operation.kind != DRAIN for end in _ends(job, snapshot, rows))
+    found: set[ReplicaId] = set()
+    for job in jobs:
+        if job.operation.kind == MIGRATE:
+            found.update(_ends(job, snapshot, rows))
+        elif job.operation.kind == DISPLACE:
+            found.update(_all_of_its_deployment(job, snapshot))
+    return frozenset(found)
+
+
+def _all_of_its_deployment(job: Job, snapshot: Snapshot) -> Iterable[ReplicaId]:
+    """Any of them may be where its requests go."""
+    source = snapshot.replicas.get(job.replica) if job.replica else None
+    for replica in snapshot.replicas.values():
+        if source is not None and replica.spec.deployment == source.spec.deployment:
+            yield replica.spec.id
 
 
 def _ends(job: Job, snapshot: Snapshot, rows: Mapping[RequestId, RequestRow]) -> Iterable[ReplicaId]:

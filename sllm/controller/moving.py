@@ -14,22 +14,28 @@ from sllm.controller.routes import target_of
 from sllm.controller.store.base import Op
 from sllm.controller.verdicts import Scene
 from sllm.controller.world import World
-from sllm.core.ids import MigrationId, NodeName, RequestId, make_id
+from sllm.core.ids import MigrationId, NodeName, ReplicaId, RequestId, make_id
 from sllm.core.migration import MigrationOrder, MigrationState
 from sllm.core.operation import Operation
 from sllm.core.priority import Priority
 from sllm.core.request import RequestRow
 from sllm.core.snapshot import Snapshot
 from sllm.errors import SllmError
+from sllm.scheduler.displacement import SPARED_S
 from sllm.scheduler.migrations import Decision, Order, Traffic, Wish, decide
 from sllm.scheduler.plan import Action, StartReplica
+from sllm.scheduler.refuge import CONCURRENCY
 
 log = logging.getLogger(__name__)
 
-CONCURRENCY = 4
 WITHIN_S = 60.0
 # A migration, with the start of a replica for it.
 MIGRATE_S = 600.0
+_VERDICTS = {
+    jobs.MIGRATE: verdicts.of_migration,
+    jobs.DRAIN: verdicts.of_drain,
+    jobs.DISPLACE: verdicts.of_displacement,
+}
 
 
 def traffic(
@@ -96,8 +102,7 @@ def starts(world: World, decisions: tuple[Decision, ...]) -> list[Action]:
 async def judge(world: World, job: Job, decision: Decision, scene: Scene) -> None:
     """Note how a job stands; give its orders if it goes on."""
     tally = world.flights.tally(job.id)
-    of_kind = verdicts.of_migration if job.operation.kind == jobs.MIGRATE else verdicts.of_drain
-    verdict = of_kind(job, tally, decision, scene)
+    verdict = _VERDICTS[job.operation.kind](job, tally, decision, scene)
     if isinstance(verdict, SllmError):
         await end(world, progress.failed(job, verdict, scene.wall))
     elif verdict.state is not job.operation.state:
@@ -110,16 +115,27 @@ async def judge(world: World, job: Job, decision: Decision, scene: Scene) -> Non
 
 async def end(world: World, job: Job, *others: Op) -> None:
     """A job is over: what it has under way stays where it is. It is stored together with `others`."""
-    operation = job.operation
+    operation, excess = job.operation, world.jobs.excess()
     log.info("operation %s (%s %s): %s %s", job.id, operation.kind, operation.target, operation.state, operation.error)
-    await world.commit([records.put_job(job), *others])
+    await world.commit([records.put_job(job), *others, *(records.delete_job(old) for old in excess)])
+    for old in excess:
+        world.jobs.drop(old)
     world.jobs.put(job)
     for migration in world.flights.drop(job.id):
         world.executor.cancel(migration)
     if operation.kind == jobs.DRAIN:
         node = job.nodes[0]
         world.cluster.close(node, replace(world.cluster.cordons[node], draining=False))
+    if operation.kind == jobs.DISPLACE and job.replica is not None:
+        spare(world, job.replica)
     world.executor.post(Woken())  # what it held is free now
+
+
+def spare(world: World, replica: ReplicaId) -> None:
+    """It is emptied for nobody any more, and left alone for a while. One that is told to end already is not spared."""
+    view = world.cluster.replicas.get(replica)
+    if view is not None and view.displaced:
+        world.cluster.gives_way(replica, None, spared_until=world.clock.monotonic() + SPARED_S)
 
 
 def _note(world: World, job: Job, operation: Operation, wall: float) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import replace
 
-from sllm.controller import copying, moving, preparing, progress, records
+from sllm.controller import copying, displacing, moving, preparing, progress, records
 from sllm.controller.handlers import grant_held
 from sllm.controller.routes import routes
 from sllm.controller.world import World
@@ -16,7 +16,17 @@ from sllm.core.route import RouteTable
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.errors import DeadlineExceeded
 from sllm.scheduler import autoscale, retry
-from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import (
+    Action,
+    DrainReplica,
+    KeepReplica,
+    MoveRequests,
+    Plan,
+    RaisePriority,
+    RemoveDeployment,
+    StartReplica,
+    StopReplica,
+)
 from sllm.scheduler.reconcile import reconcile
 
 log = logging.getLogger(__name__)
@@ -32,7 +42,7 @@ async def advance(world: World) -> float | None:
     _expire(world, now)
     _refuse(world, now)
     _remember_needs(world, now)
-    snapshot = world.agenda.due(world.compared(now), now)
+    snapshot = displacing.foreseen(world, world.agenda.due(world.compared(now), now))
     plan = reconcile(snapshot, now)
     world.recorder.planned(snapshot, now, plan)
     world.planned_from = snapshot
@@ -111,9 +121,15 @@ async def _act(world: World, action: Action) -> None:
     elif isinstance(action, RaisePriority):
         _raise(world, action)
     elif isinstance(action, DrainReplica):
+        _give_way(world, action)
         _end(world, action.replica, Intent.DRAIN, world.policy.drain_s, action.why)
     elif isinstance(action, StopReplica):
+        _give_way(world, action)
         _end(world, action.replica, Intent.STOP, 0.0, action.why)
+    elif isinstance(action, MoveRequests):
+        displacing.begin(world, action)
+    elif isinstance(action, KeepReplica):
+        await displacing.give_up(world, action.replica, action.why)
     else:
         await _remove(world, action)
 
@@ -141,6 +157,11 @@ def _end(world: World, replica: ReplicaId, intent: Intent, drain_s: float, why: 
     log.info("%s %s of %s on %s: %s", intent.value, replica, view.spec.deployment, view.node, why)
     world.cluster.intend(replica, intent, Command.SENT)
     world.executor.end(world.cluster.nodes[view.node].report.address, view.spec, intent, drain_s)
+
+
+def _give_way(world: World, action: DrainReplica | StopReplica) -> None:
+    if action.room_for is not None:
+        world.cluster.gives_way(action.replica, action.room_for)
 
 
 async def _remove(world: World, action: RemoveDeployment) -> None:

@@ -56,6 +56,7 @@ def put_job(job: Job) -> Put:
         "replica": job.replica,
         "requests": job.requests,
         "deadline_at": job.deadline_at,
+        "why": job.why,
     }
     return Put(key=OPERATIONS + job.id, value=_packed(fields))
 
@@ -78,6 +79,7 @@ def read_job(value: bytes) -> Job:
         replica=_replica(fields.get("replica")),
         requests=tuple(map(RequestId, fields.get("requests", ()))),
         deadline_at=float(fields.get("deadline_at", 0.0)),
+        why=fields.get("why", ""),
     )
 
 

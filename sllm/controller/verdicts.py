@@ -78,6 +78,23 @@ def of_drain(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Operat
     return replace(job.operation, phase=_phase_of_drain(tally, decision.moves, replicas), progress=share)
 
 
+def of_displacement(job: Job, tally: Tally, decision: Decision, scene: Scene) -> Operation | SllmError:
+    """The operation as it stands, or what ends it. It is done when its replica is told to end, or is gone."""
+    source = scene.snapshot.replicas.get(job.replica) if job.replica else None
+    moved, finished = len(tally.moved), len(tally.finished)
+    if source is None or not source.displaced:
+        return _done(job.operation, f"{moved} moved, {finished} finished; {job.why}")
+    if scene.wall >= job.deadline_at:
+        left = [_left(move, tally) for move in decision.moves]
+        return DeadlineExceeded(
+            f"{job.replica} is not empty in time; left are {'; '.join(left[:NAMED])}",
+            hint="what was not moved goes on where it was",
+        )
+    total = moved + finished + len(decision.moves)
+    phase = f"{moved} of {total} requests moved; {job.why}"
+    return replace(job.operation, phase=phase, progress=(moved + finished) / total if total else None)
+
+
 class _Fate(Enum):
     LEFT = auto()
     MOVED = auto()

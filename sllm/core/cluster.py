@@ -184,7 +184,7 @@ class ClusterState:
     def put(self, replica: ReplicaView) -> None:
         """Add a replica, or replace what is known of it."""
         cordon = self.cordons.get(replica.node)
-        leaving = cordon is not None and cordon.draining
+        leaving = replica.displaced or (cordon is not None and cordon.draining)
         self.replicas[replica.spec.id] = replica if replica.leaving is leaving else replace(replica, leaving=leaving)
         self._on_node.setdefault(replica.node, set()).add(replica.spec.id)
         self._of_deployment.setdefault(replica.spec.deployment, set()).add(replica.spec.id)
@@ -197,6 +197,10 @@ class ClusterState:
 
     def intend(self, replica: ReplicaId, intent: Intent, command: Command) -> None:
         self.put(replace(self.replicas[replica], intent=intent, command=command))
+
+    def gives_way(self, replica: ReplicaId, deployment: DeploymentName | None, *, spared_until: float = 0.0) -> None:
+        """Note for which deployment it is emptied or ended; None: for none, it stays."""
+        self.put(replace(self.replicas[replica], room_for=deployment, spared_until=spared_until))
 
     def _observe_replica(self, node: NodeName, status: ReplicaStatus, now: float, restarted: bool) -> Changes:
         known = self.replicas.get(status.spec.id)

@@ -84,6 +84,18 @@ class MigrationReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is expected of a request that runs: the pause that its client would see if it moved, how long its migration
+    would take as a whole, and how long it runs on if it stays (None: not known). `moves`: how often it went on on
+    another replica already."""
+
+    pause_s: float = 0.0
+    move_s: float = 0.0
+    left_s: float | None = None
+    moves: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedMove:
     """What would become of one request: `move` is False if it is expected to finish sooner where it is.
 

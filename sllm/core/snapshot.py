@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment
-from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId, RequestId
+from sllm.core.migration import Outlook
 from sllm.core.node import OPEN, Cordon, NodeReport, NodeState
 from sllm.core.popularity import Popularity
 from sllm.core.priority import Priority
@@ -51,6 +52,7 @@ class Policy:
     start_backoff_s: float = 1.0
     max_start_failures: int = 3
     stable_after_s: float = 10.0  # a replica that dies sooner after it became ready counts as a failed start
+    displace: bool = True  # move what runs, where that lets requests that wait begin sooner
     min_loaded_s: float = 1.0  # a replica that is ready for less makes no room for another deployment
     prefetch: bool = False  # nodes read into memory what their next start would have to read
     max_copies: int = 1  # of a checkpoint, up to which copies are made unasked; 1: none is
@@ -61,7 +63,9 @@ class Policy:
 class ReplicaView:
     """A replica: what is wanted of it, and what its node last said. `status` None: no report has shown it yet;
     `ready_at`: when one first showed it ready. `priority` is that of its start, as far as its agent surely knows it.
-    `leaving`: its node drains; it gets no new requests, and is told to end when it has none."""
+    `room_for`: the deployment that waits for its devices. It is `displaced` while its requests are moved away for that;
+    one whose displacement was given up is none again before `spared_until`. `leaving`: it is displaced, or its node
+    drains; it gets no new requests, and is told to end when it has none."""
 
     spec: ReplicaSpec
     node: NodeName
@@ -72,6 +76,13 @@ class ReplicaView:
     status: ReplicaStatus | None = None
     ready_at: float | None = None
     leaving: bool = False
+    room_for: DeploymentName | None = None
+    spared_until: float = 0.0
+
+    @property
+    def displaced(self) -> bool:
+        """True if it is emptied for another deployment; that can be taken back until it is told to end."""
+        return self.room_for is not None and self.intent is Intent.RUN
 
     @property
     def state(self) -> ReplicaState:
@@ -229,7 +240,8 @@ class Snapshot:
     of a migration that somebody asked for: they are not let go because they are more than is needed. `learnt` is what
     startup times are estimated from; `popularity` has the deployments that were asked for lately. `due` are the
     deployments for which there may be anything to do since the last plan; None: all. `index` is what was kept of it
-    (`Index.of`), if it was."""
+    (`Index.of`), if it was. `running` is what is expected of the requests of each replica: known only while requests of
+    other deployments are held, for which they might give way."""
 
     policy: Policy
     nodes: Mapping[NodeName, NodeView]
@@ -241,6 +253,7 @@ class Snapshot:
     loads_fresh: bool = True
     pinned: frozenset[ReplicaId] = frozenset()
     learnt: Learnt = NOTHING_LEARNT
+    running: Mapping[ReplicaId, Mapping[RequestId, Outlook]] = field(default_factory=dict)
     popularity: Mapping[DeploymentName, Popularity] = field(default_factory=dict)
     due: frozenset[DeploymentName] | None = None
     index: Index | None = field(default=None, compare=False, repr=False)

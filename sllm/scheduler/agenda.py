@@ -79,6 +79,9 @@ class Agenda:
             self._learnt = snapshot.learnt
             due |= snapshot.held.keys() & self._wake_at.keys()
         due |= self._whose_time_has_come(now)
+        # How long what runs elsewhere runs on is another matter at each time, and what they wait for is nobody else's.
+        displaced = (r.room_for for r in Index.of(snapshot).astray.values() if r.displaced)
+        due |= (snapshot.held.keys() | {name for name in displaced if name}) & snapshot.deployments.keys()
         due |= self._for_whom_a_node_has_changed(snapshot, due)
         return replace(snapshot, due=frozenset(due))
 

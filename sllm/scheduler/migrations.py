@@ -10,22 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sllm.core.ids import NodeName, OperationId, ReplicaId, RequestId
-from sllm.core.migration import PlannedMove
+from sllm.core.migration import Outlook, PlannedMove
 from sllm.core.request import RequestRow
 from sllm.core.snapshot import Intent, ReplicaView, Snapshot
 from sllm.scheduler.destinations import Obstacle, Places, Refusal, Startable, at, elsewhere
 
 ATTEMPTS = 3  # a failed migration is tried with two other destinations
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
-    """What is expected of a request: the pause that its client would see, how long its migration would take as a whole,
-    and how long it runs on if it stays (None: not known)."""
-
-    pause_s: float = 0.0
-    move_s: float = 0.0
-    left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +34,14 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What somebody asked for: these `requests` to `node`, or (None) all that runs on `node` away from it, for which
-    `within_s` seconds are left. `tried` are the destinations at which a request's migration has failed."""
+    """What somebody asked for: these `requests` to `node`, or (None) all that runs on `node` away from it, or of that
+    only what runs on `replica`; for which `within_s` seconds are left. `tried` are the destinations at which a
+    request's migration has failed."""
 
     operation: OperationId
     node: NodeName
     requests: tuple[RequestId, ...] | None = None
+    replica: ReplicaId | None = None
     within_s: float = 0.0
     tried: Mapping[RequestId, tuple[ReplicaId, ...]] = field(default_factory=dict)
 
@@ -99,7 +91,7 @@ class _Mover:
         self._refusals: dict[RequestId, Refusal] = {}
         self._start: Startable | None = None
         if wish.requests is None:
-            for row in self._on(wish.node):
+            for row in self._on(wish):
                 self._away(row, wish)
         else:
             self._to(wish.requests, wish)
@@ -163,9 +155,10 @@ class _Mover:
             why = f"no other replica of revision {source.spec.revision} of {row.deployment!r} has room"
             self._plan(row, source, why=why)
 
-    def _on(self, node: NodeName) -> list[RequestRow]:
-        """What runs on a node, the longest first."""
-        there = {r.spec.id for r in self._snapshot.replicas.values() if r.node == node}
+    def _on(self, wish: Wish) -> list[RequestRow]:
+        """What runs on a node, or on one replica there, the longest first."""
+        of_node = (r.spec.id for r in self._snapshot.replicas.values() if r.node == wish.node)
+        there = {replica for replica in of_node if wish.replica in (None, replica)}
         return sorted((r for r in self._traffic.requests.values() if r.replica in there), key=self._longest_first)
 
     # -- both

@@ -196,14 +196,43 @@ def _avoided(index: Index, view: DeploymentView) -> int:
     return nodes
 
 
+def startup(
+    room: Room, node: NodeView, view: DeploymentView, kind: DeviceKind, priority: Priority, *, behind_bytes: int = 0
+) -> Estimate:
+    """What a start on devices of this kind there is expected to take, whether any is free or not. `behind_bytes` are
+    read first besides what the room knows of."""
+    digest = view.current.deployment.digest
+    turn = room.queues.turn(node, digest, priority)
+    start = Start(
+        node=node.report.name,
+        warm=node.report.warm,
+        kind=kind,
+        digest=digest,
+        tier=Tier.SSD if turn.size_bytes else Tier.DRAM,
+        size_bytes=turn.size_bytes,
+        ahead_bytes=turn.ahead_bytes + behind_bytes,
+    )
+    return Starts(room.learnt, digest, kind).estimate(start)
+
+
+def avoided(node: NodeView, view: DeploymentView) -> bool:
+    """True if the last start there failed."""
+    return view.failures is not None and node.report.name in view.failures.nodes
+
+
+def usable(room: Room, node: NodeView, view: DeploymentView) -> list[Device]:
+    """Free devices that are large enough."""
+    return [device for device in room.free(node) if device.memory_bytes >= device_bytes(view)]
+
+
 def _best(options: Sequence[_Option], digest: str) -> _Option:
     pool = [option for option in options if not option.avoided] or options
     if any(option.guessed for option in pool):
         return min(pool, key=lambda option: _rule(option, digest))
-    limit = _near(min([option.total_s for option in pool]))
-    near = [option for option in pool if option.total_s <= limit]
+    limit = near(min([option.total_s for option in pool]))
+    close = [option for option in pool if option.total_s <= limit]
     # The disk is left to those that need it.
-    return min(near, key=lambda option: (option.reads, option.replicas, option.name))
+    return min(close, key=lambda option: (option.reads, option.replicas, option.name))
 
 
 def _rule(option: _Option, digest: str) -> tuple[bool, int, int, str]:
@@ -211,7 +240,8 @@ def _rule(option: _Option, digest: str) -> tuple[bool, int, int, str]:
     return (view is None or not view.report.warm, -tier, option.replicas, option.name)
 
 
-def _near(seconds: float) -> float:
+def near(seconds: float) -> float:
+    """What is no more than this is as good as `seconds`."""
     return seconds * (1 + NEAR) + NEAR_S
 
 
@@ -269,7 +299,7 @@ def _why_not(option: _Option, best: _Option, estimate: Estimate) -> str:
     if option.guessed or best.guessed:
         return f"{best.name} is preferred"
     words = in_words(estimate)
-    if option.total_s > _near(best.total_s):
+    if option.total_s > near(best.total_s):
         return words
     if option.reads > best.reads:
         advantage = "has it in memory"

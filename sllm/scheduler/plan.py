@@ -40,12 +40,41 @@ class RaisePriority:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainReplica:
+    """`room_for` is the deployment that waits for its devices, if one does."""
+
     replica: ReplicaId
     why: str
+    room_for: DeploymentName | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopReplica:
+    """`room_for` is the deployment that waits for its devices, if one does."""
+
+    replica: ReplicaId
+    why: str
+    room_for: DeploymentName | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveRequests:
+    """Empty a replica for `room_for`, which waits for its devices: what runs on it goes on elsewhere, and then it ends.
+
+    `to` are the nodes where there is room for it, or will be: a start there is in the same plan. `free_s` is when its
+    devices are expected to be free.
+    """
+
+    replica: ReplicaId
+    room_for: DeploymentName
+    to: tuple[NodeName, ...]
+    free_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepReplica:
+    """Nobody waits any more for the devices of a replica that is emptied: it stays, with what runs on it."""
+
     replica: ReplicaId
     why: str
 
@@ -57,15 +86,17 @@ class RemoveDeployment:
     deployment: DeploymentName
 
 
-Action = StartReplica | RaisePriority | DrainReplica | StopReplica | RemoveDeployment
+Action = StartReplica | RaisePriority | DrainReplica | StopReplica | MoveRequests | KeepReplica | RemoveDeployment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """What a deployment waits for. `detail`, which names nodes, is for operators, not for who sends requests."""
+    """What a deployment waits for. `detail`, which names nodes, is for operators, not for who sends requests; so are
+    the `candidates`, if it waits for devices of one of them."""
 
     text: str
     detail: str = ""
+    candidates: tuple[Candidate, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.text} ({self.detail})" if self.detail else self.text

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from zlib import crc32
+from functools import partial
 
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.decision import Candidate
+from sllm.core.ids import DeploymentName, ReplicaId
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.snapshot import Command, DeploymentView, Intent, ReplicaView, Snapshot
 from sllm.scheduler.autoscale import Scale, scale
+from sllm.scheduler.covering import Way
+from sllm.scheduler.displacement import RELEASE_S, Givers, Relief, Reliever
 from sllm.scheduler.estimate import in_words
 from sllm.scheduler.placement import Placement, Waiting, place, refusals
 from sllm.scheduler.plan import (
     Action,
     DrainReplica,
+    KeepReplica,
+    MoveRequests,
     Plan,
     RaisePriority,
     Reason,
@@ -23,11 +27,9 @@ from sllm.scheduler.plan import (
     StartReplica,
     StopReplica,
 )
+from sllm.scheduler.refuge import Refuge
 from sllm.scheduler.room import Room
 from sllm.scheduler.swapping import yields_at
-
-# Idle replicas that make room are looked for on so many nodes at a time, the longest unneeded of these first.
-AT_ONCE = 16
 
 
 def reconcile(snapshot: Snapshot, now: float) -> Plan:
@@ -39,6 +41,7 @@ def reconcile(snapshot: Snapshot, now: float) -> Plan:
     planner.commands()
     for view in _by_urgency(snapshot):
         planner.look_at(view)
+    planner.stays()
     return planner.plan()
 
 
@@ -62,6 +65,7 @@ class _Planner:
         self._now = now
         self._room = Room(snapshot)
         self._index = self._room.index
+        self._reliever = Reliever(snapshot, self._room, now)
         self._actions: list[Action] = []
         self._reasons: dict[DeploymentName, Reason] = {}
         self._wakes: list[float] = []
@@ -120,15 +124,24 @@ class _Planner:
         """Start what is missing; return outdated replicas that were let go to make room for it."""
         missing = min(wanted.needed - len(current), self._allowed_starts(view, current, wanted))
         awaited = self._awaited_starts(view) - sum(r.starting for r in current)
+        outdated = [r for r in _idlest_first(self._snapshot, outdated) if r.spec.id not in self._ended]
+        let_go: list[ReplicaView] = []
         for number in range(missing):
             priority = Priority.REQUEST if number < awaited else Priority.PREWARM
             placement = place(self._room, view, priority=priority)
+            held = number < awaited and self._snapshot.loads_fresh
+            givers = Givers(outdated=outdated, spare=partial(self._spare_elsewhere, view), held=held)
             if isinstance(placement, Waiting):
                 detail = refusals(placement.candidates, placement.holders)
                 self._reasons[view.name] = Reason(text=placement.text, detail=detail)
-                return self._make_room(view, outdated)
-            self._start(view, placement, priority)
-        return []
+            relief = self._reliever.relief(view, placement, givers, priority)
+            if relief is not None:
+                let_go += self._relieve(view, relief, priority, placement)
+            elif isinstance(placement, Waiting):
+                break
+            else:
+                self._start(view, placement, priority)
+        return let_go
 
     def _awaited_starts(self, view: DeploymentView) -> int:
         """Return for how many starts the held requests wait; starts beyond them are ahead of requests."""
@@ -183,50 +196,59 @@ class _Planner:
             )
         )
 
-    def _make_room(self, view: DeploymentView, outdated: Sequence[ReplicaView]) -> list[ReplicaView]:
-        """No device is free: let replicas go whose devices the new one will take. Return the outdated among them.
+    def _relieve(
+        self, view: DeploymentView, relief: Relief, priority: Priority, placement: Placement | Waiting
+    ) -> list[ReplicaView]:
+        """Let replicas give way, so that a start can follow. Return those that are let go."""
+        devices, digest = relief.devices, view.current.deployment.digest
+        self._room.claim(relief.node, devices, digest, priority)
+        self._reliever.took(relief)
+        detail, candidates = f"{relief.node}: {relief.text}", relief.candidates(placement)
+        self._reasons[view.name] = Reason(text=_waiting_for(relief), detail=detail, candidates=candidates)
+        for give in relief.cover.gives:
+            if give.way is Way.STOP:
+                why = f"makes room for {view.name}, revision {view.current.number}"
+                self._end(give.replica, why, room_for=view.name)
+            elif give.way is Way.MOVE and give.refuge is not None:
+                self._move(view, relief, give.replica, give.refuge)
+        return [give.replica for give in relief.cover.gives if give.way is Way.STOP]
 
-        Its own outdated replicas first; for requests that wait, also what others keep alive without needing it.
-        """
-        index = self._index
-        nodes = index.holders(view.current.deployment.digest) & index.ready
-        leaving = self._leaving(nodes)
-        room = self._room.without(leaving)
-        if leaving and isinstance(place(room, view, told=0), Placement):
-            return []  # room is on its way
-        own = _idlest_first(self._snapshot, outdated)
-        start = crc32(view.name.encode())  # not at the same nodes for all
-        for entries in chain(index.batches(nodes & index.surplus, AT_ONCE, start=start), [[]]):
-            there = [replica for entry in entries for replica in entry.replicas]
-            chosen = self._enough(view, room, [*own, *self._spare_elsewhere(view, there)])
-            for replica in chosen:
-                self._end(replica, f"makes room for {view.name}, revision {view.current.number}")
-            if chosen:
-                return [r for r in chosen if r in outdated]
-        return []
+    def _move(self, view: DeploymentView, relief: Relief, replica: ReplicaView, refuge: Refuge) -> None:
+        """What runs on a replica goes on elsewhere: at others of its deployment, or at one that is started for it."""
+        self._ended.add(replica.spec.id)
+        if refuge.start is not None:
+            start = refuge.start
+            why = f"what runs on {replica.spec.id} goes on there: {view.name} needs its devices"
+            self._room.start(start.node, start.devices, start.view.current.deployment.digest, Priority.REQUEST)
+            self._actions.append(
+                StartReplica(
+                    deployment=start.view.name,
+                    node=start.node,
+                    devices=start.devices,
+                    priority=Priority.REQUEST,
+                    why=why,
+                    estimate=start.estimate,
+                    candidates=(Candidate(node=start.node, refused="", estimate=start.estimate),),
+                    holders=1,
+                )
+            )
+        self._actions.append(
+            MoveRequests(
+                replica=replica.spec.id,
+                room_for=view.name,
+                to=refuge.nodes,
+                free_s=refuge.empty_s + RELEASE_S,
+                why=f"{view.name} is ready soonest on {relief.node}, in {relief.text}",
+            )
+        )
 
-    def _leaving(self, nodes: int) -> list[ReplicaView]:
-        """Replicas on these nodes that end, or are to end by what is planned."""
-        index = self._index
-        found = {r.spec.id: r for entry in index.those(nodes & index.leaving) for r in entry.replicas if not r.live}
-        for name in self._ended:
-            replica = self._snapshot.replicas[name]
-            if nodes >> index.entries[replica.node].slot & 1:
-                found[name] = replica
-        return list(found.values())
-
-    def _enough(self, view: DeploymentView, room: Room, order: Sequence[ReplicaView]) -> list[ReplicaView]:
-        """Of the first node on which it is enough to end some of these, in this order, those that have to go."""
-        able = self._index.holders(view.current.deployment.digest) & self._index.ready
-        on_node: dict[NodeName, list[ReplicaView]] = {}
-        for replica in order:
-            if not able >> self._index.entries[replica.node].slot & 1:
-                continue
-            chosen = on_node.setdefault(replica.node, [])
-            chosen.append(replica)
-            if isinstance(place(room.without(chosen), view, only=replica.node, told=0), Placement):
-                return chosen
-        return []
+    def stays(self) -> None:
+        """Replicas that are emptied for nobody any more stay."""
+        for replica in self._index.astray.values():
+            name = replica.spec.id
+            if replica.displaced and name not in self._reliever.taken and name not in self._ended:
+                why = f"{replica.room_for} does not wait for its devices any more"
+                self._actions.append(KeepReplica(replica=name, why=why))
 
     def _spare_elsewhere(self, view: DeploymentView, there: Iterable[ReplicaView]) -> list[ReplicaView]:
         """Idle replicas that other deployments keep but do not need, the longest unneeded first (LRU, paper §3); of the
@@ -238,6 +260,8 @@ class _Planner:
         for name in sorted({r.spec.deployment for r in there if r.ready and not loads.get(r.spec.id)}):
             other = self._snapshot.deployments.get(name)
             if other is None or other.name == view.name or other.name in self._snapshot.held:
+                continue
+            if self._reliever.is_moving(other.name):
                 continue
             live = [r for r in self._index.of_deployment.get(name, ()) if r.live and r.spec.id not in self._ended]
             needed = max(other.needed, other.current.deployment.spec.min_replicas)
@@ -262,7 +286,7 @@ class _Planner:
 
     def _delete(self, view: DeploymentView, replicas: Sequence[ReplicaView]) -> None:
         for replica in replicas:
-            if replica.live:
+            if replica.live or replica.displaced:
                 self._end(replica, "the deployment is deleted")
         # While nodes may yet report what they run, none is no proof that none is left.
         if not replicas and self._snapshot.settled:
@@ -283,30 +307,35 @@ class _Planner:
 
     def _retire_surplus(self, current: Sequence[ReplicaView], wanted: Scale) -> None:
         """Only ready replicas go, and not for the sake of ones that are still starting."""
-        ready = _idlest_first(self._snapshot, [r for r in current if r.ready])
+        staying = [r for r in current if r.ready and r.spec.id not in self._ended]
+        ready = _idlest_first(self._snapshot, staying)
         free = [r for r in ready if r.spec.id not in self._snapshot.pinned]
         for replica in free[: max(0, len(ready) - wanted.kept)]:
             self._end(replica, "not needed any more")
 
     def _leave(self, replica: ReplicaView) -> None:
-        """Its node drains: it ends once nothing runs on it, however long that takes."""
-        status = replica.status
+        """Its node drains, or others need its devices: it ends once nothing runs on it, however long that takes."""
+        status, room_for = replica.status, replica.room_for
+        leaves = f"{room_for} needs its devices" if room_for else "its node drains"
         if status is None or not replica.serves:
-            self._stop(replica, "its node drains")
+            self._ended.add(replica.spec.id)
+            self._stop(replica, leaves, room_for=room_for)
         elif not (status.running or status.waiting or self._snapshot.loads.get(replica.spec.id)):
-            self._actions.append(DrainReplica(replica=replica.spec.id, why="nothing runs on it, and its node drains"))
+            self._ended.add(replica.spec.id)
+            why = f"nothing runs on it, and {leaves}"
+            self._actions.append(DrainReplica(replica=replica.spec.id, why=why, room_for=room_for))
 
-    def _end(self, replica: ReplicaView, why: str) -> None:
+    def _end(self, replica: ReplicaView, why: str, *, room_for: DeploymentName | None = None) -> None:
         if replica.spec.id in self._ended:
             return  # it makes room for another deployment already
         self._ended.add(replica.spec.id)
         if replica.ready:
-            self._actions.append(DrainReplica(replica=replica.spec.id, why=why))
+            self._actions.append(DrainReplica(replica=replica.spec.id, why=why, room_for=room_for))
         else:
-            self._stop(replica, why)
+            self._stop(replica, why, room_for=room_for)
 
-    def _stop(self, replica: ReplicaView, why: str) -> None:
-        self._actions.append(StopReplica(replica=replica.spec.id, why=why))
+    def _stop(self, replica: ReplicaView, why: str, *, room_for: DeploymentName | None = None) -> None:
+        self._actions.append(StopReplica(replica=replica.spec.id, why=why, room_for=room_for))
 
     def _repeat(self, replica: ReplicaView) -> None:
         if replica.command is not Command.DUE:
@@ -317,6 +346,13 @@ class _Planner:
             self._actions.append(DrainReplica(replica=replica.spec.id, why="its end is decided"))
         else:
             self._stop(replica, "its end is decided")
+
+
+def _waiting_for(relief: Relief) -> str:
+    """For who sends requests: it names nobody."""
+    if relief.cover.way is Way.MOVE or any(give.replica.displaced for give in relief.cover.gives):
+        return "waiting for devices: what runs there is moved"
+    return "waiting for a free device"
 
 
 def _idlest_first(snapshot: Snapshot, replicas: Sequence[ReplicaView]) -> list[ReplicaView]:

@@ -37,6 +37,13 @@ class Room:
         assert view is not None  # else nothing would be started there
         self.queues.add(view, digest, priority)
 
+    def claim(self, node: NodeName, devices: Iterable[DeviceId], digest: str, priority: Priority) -> None:
+        """A start will follow as soon as all of these devices are free: nobody else has those that are."""
+        self._taken = {**self._taken, node: self._taken.get(node, _NONE).union(devices)}
+        view = self.index.entries[node].view
+        assert view is not None  # else nothing would be started there
+        self.queues.add(view, digest, priority)
+
     def without(self, replicas: Iterable[ReplicaView]) -> Room:
         """The room there would be if these replicas had gone; to look at, not to plan in."""
         other = object.__new__(Room)

@@ -15,17 +15,30 @@ from random import Random
 from typing import assert_never
 
 from sllm.core.cluster import Changes, ClusterState
-from sllm.core.ids import DeploymentName, NodeName, ReplicaId
+from sllm.core.ids import DeploymentName, NodeName, ReplicaId, RequestId
+from sllm.core.migration import Outlook
 from sllm.core.snapshot import Command, Intent, ReplicaView, Snapshot
 from sllm.core.startup import NOTHING_LEARNT, Estimate, Learnt
 from sllm.errors import SllmError
 from sllm.scheduler import autoscale, residency, retry
 from sllm.scheduler.agenda import Agenda
+from sllm.scheduler.displacement import SPARED_S
 from sllm.scheduler.estimator import Estimator
-from sllm.scheduler.plan import Action, DrainReplica, Plan, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import (
+    Action,
+    DrainReplica,
+    KeepReplica,
+    MoveRequests,
+    Plan,
+    RaisePriority,
+    RemoveDeployment,
+    StartReplica,
+    StopReplica,
+)
 from sllm.scheduler.residency_plan import Recent
 from sllm.sim.events import EventQueue
 from sllm.sim.gateway import Gateway
+from sllm.sim.moving import Mover
 from sllm.sim.node import Node
 from sllm.sim.spec import Cluster, ModelSpec
 
@@ -74,6 +87,8 @@ class Controller:
         self._agenda = Agenda()
         self._were_held: set[DeploymentName] = set()
         self._due = True
+        self._displaced: set[ReplicaId] = set()
+        self._mover = Mover(nodes, gateway, events, self._moved)
         self._wakes: set[float] = set()
         self._recent = Recent()
         self.prefetches = 0
@@ -97,6 +112,14 @@ class Controller:
     def changed(self, node: Node) -> None:
         self._dirty[node.spec.name] = node
 
+    @property
+    def migrations(self) -> int:
+        """Requests that were handed over while they ran."""
+        return self._mover.count
+
+    def _moved(self) -> None:
+        self._due = True
+
     def touched(self, deployment: DeploymentName) -> None:
         self._touched[deployment] = None
 
@@ -114,11 +137,16 @@ class Controller:
 
     def settle(self) -> None:
         """Draw the consequences of what happened at this instant, and theirs, until nothing is left to do now."""
+        # How long others run on is looked at anew at every event.
+        self._due = self._due or bool(self._gateway.held or self._displaced)
         for number in itertools.count():
+            for replica in self._displaced:
+                node = self._nodes[self._state.replicas[replica].node]
+                self._dirty[node.spec.name] = node  # what runs there still is in its report
             news = [self._observe(node) for node in self._dirty.values() if node.up]
             self._dirty.clear()
             # Reports in answer to the first plan say what it did.
-            awaited = bool(self._gateway.held) and number == 0
+            awaited = bool(self._gateway.held or self._displaced) and number == 0
             if self._needs_changed() or any(news) or (news and awaited):
                 self._due = True
             if not (self._due or self._thorough):
@@ -149,6 +177,7 @@ class Controller:
 
     def _forgotten(self, view: ReplicaView) -> None:
         self._estimates.pop(view.spec.id, None)
+        self._displaced.discard(view.spec.id)
         self._gateway.close(view.spec.id, view.spec.deployment)
         self._touched[view.spec.deployment] = None
 
@@ -169,7 +198,7 @@ class Controller:
         While nobody waits, a plan depends on loads only by how many replicas they need: which one would go first is
         asked only if one is to go, and then something else has changed.
         """
-        changed = bool(self._touched) and bool(self._gateway.held)
+        changed = bool(self._touched) and bool(self._gateway.held or self._displaced)
         for name in self._touched:
             view = self._state.deployments[name]
             demand = autoscale.demand(self._now_view, view, self._state.of(name))
@@ -207,6 +236,8 @@ class Controller:
         self._agenda.planned(snapshot, plan)
         for action in plan.actions:
             self._act(action)
+        if self._displaced:
+            self._mover.advance(self._whole())
         for at in (plan.wake_at, self._agenda.next_wake()):
             if at is not None and at not in self._wakes:
                 self._wakes.add(at)
@@ -216,6 +247,8 @@ class Controller:
     def _snapshot(self) -> Snapshot:
         """What is known, and what is due."""
         snapshot = self._whole()
+        if snapshot.held:
+            snapshot = replace(snapshot, running=self._running(snapshot))
         if self._thorough:
             return snapshot
         self._agenda.noted(self._state.touched())
@@ -252,6 +285,16 @@ class Controller:
                 self._nodes[copy.node].copy(model.checkpoint)
         self._events.at(now + residency.EVERY_S, self._prepare)
 
+    def _running(self, snapshot: Snapshot) -> dict[ReplicaId, dict[RequestId, Outlook]]:
+        """What is expected of all requests that run."""
+        outlook, found = self._gateway.outlook, {}
+        for replica in snapshot.loads:
+            node = self._nodes[snapshot.replicas[replica].node]
+            there = node.replicas.get(replica)
+            if there is not None and not there.silent:
+                found[replica] = {request.id: outlook(request) for request in there.running.values()}
+        return found
+
     def _wake(self, at: float) -> None:
         self._wakes.discard(at)
         self._due = True
@@ -265,9 +308,13 @@ class Controller:
                 self._state.put(replace(view, priority=action.priority))
                 self._nodes[view.node].raise_priority(action.replica, action.priority)
             case DrainReplica():
-                self._end(action.replica, Intent.DRAIN)
+                self._end(action.replica, Intent.DRAIN, action.room_for)
             case StopReplica():
-                self._end(action.replica, Intent.STOP)
+                self._end(action.replica, Intent.STOP, action.room_for)
+            case MoveRequests():
+                self._empty(action)
+            case KeepReplica():
+                self._keep(action.replica)
             case RemoveDeployment():
                 raise SllmError(f"the policy removes {action.deployment}, which nobody has deleted")
             case _:
@@ -295,8 +342,25 @@ class Controller:
             policy=self._state.policy,
         )
 
-    def _end(self, replica: ReplicaId, intent: Intent) -> None:
+    def _empty(self, action: MoveRequests) -> None:
+        """It gets nothing new; what runs there is moved as there is room for it."""
+        self._state.gives_way(action.replica, action.room_for)
+        view = self._state.replicas[action.replica]
+        self._gateway.close(action.replica, view.spec.deployment)
+        self._touched[view.spec.deployment] = None
+        self._displaced.add(action.replica)
+
+    def _keep(self, replica: ReplicaId) -> None:
+        self._state.gives_way(replica, None, spared_until=self._events.now + SPARED_S)
+        self._displaced.discard(replica)
         view = self._state.replicas[replica]
+        if view.ready:
+            self._gateway.open(self._nodes[view.node].replicas[replica])
+
+    def _end(self, replica: ReplicaId, intent: Intent, room_for: DeploymentName | None) -> None:
+        view = self._state.replicas[replica]
+        if room_for is not None:
+            self._state.gives_way(replica, room_for)
         node = self._nodes[view.node]
         self._gateway.close(replica, view.spec.deployment)
         self._touched[view.spec.deployment] = None

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sllm.core.ids import DeploymentName, ReplicaId
+from sllm.core.migration import Outlook
 from sllm.core.snapshot import Held
 from sllm.core.table import Table
+from sllm.migration.length import LengthsOfAll
+from sllm.migration.outlook import outlook
 from sllm.sim.events import EventQueue
 from sllm.sim.replica import Replica
 from sllm.sim.request import Outcome, Request
@@ -57,6 +60,7 @@ class Gateway:
         self._on_touched = on_touched
         self._on_ended = on_ended
         self._lines = {name: _Line() for name in self._models}
+        self._lengths = LengthsOfAll()
         self._targets: dict[DeploymentName, dict[ReplicaId, Replica]] = {name: {} for name in self._models}
 
     # -- routes
@@ -122,6 +126,25 @@ class Gateway:
         replica.running.clear()
         self.offer(replica.spec.deployment)
 
+    # -- moving
+
+    def outlook(self, request: Request) -> Outlook:
+        """What is expected of one that runs, from how long others of its deployment were."""
+        timing = self._models[request.arrival.deployment].timing
+        progress = request.progress(timing, self._events.now)
+        left = self._lengths.left(request.arrival.deployment, progress.output_tokens, 0)
+        return outlook(progress, timing.recompute_cost, left_tokens=left, moves=request.moves)
+
+    def hand_over(self, request: Request, target: Replica, pause_s: float) -> Replica:
+        """Let it go on at another replica, which has room; return the one that it has left."""
+        source = request.replica
+        assert source is not None
+        self._forget(request)
+        end_at = request.move(target, target.model.timing, self._events.now, pause_s)
+        self._enter(request, target, end_at)
+        self._on_touched(request.arrival.deployment)
+        return source
+
     def _hold(self, request: Request) -> None:
         """Put it in its line. It is given up when its time is over, counted from now."""
         name = request.arrival.deployment
@@ -129,7 +152,9 @@ class Gateway:
         self._events.at(self._events.now + self._timeout_s, self._expired, request, request.attempt)
 
     def _run(self, request: Request, replica: Replica) -> None:
-        end_at = request.begin(replica, replica.model.timing, self._events.now)
+        self._enter(request, replica, request.begin(replica, replica.model.timing, self._events.now))
+
+    def _enter(self, request: Request, replica: Replica, end_at: float) -> None:
         replica.running[request.number] = request
         self.loads[replica.spec.id] = len(replica.running)
         if not replica.silent:
@@ -151,6 +176,7 @@ class Gateway:
         replica = request.replica
         self._forget(request)
         request.replica = None
+        self._lengths.finished(request.arrival.deployment, request.arrival.output_tokens)
         self._end(request, Outcome.SERVED, replica)
         self.offer(request.arrival.deployment)
 

@@ -7,7 +7,7 @@ differ in where a replica starts, and in what gives way for it. Pure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from sllm.core.device import DeviceState
@@ -25,6 +25,11 @@ from sllm.sim.controller import Decide
 def ours(snapshot: Snapshot, now: float, rng: Random) -> Plan:
     """The production scheduler. It draws nothing."""
     return reconcile(snapshot, now)
+
+
+def no_migration(snapshot: Snapshot, now: float, rng: Random) -> Plan:
+    """The production scheduler, but nothing is moved that runs."""
+    return reconcile(replace(snapshot, policy=replace(snapshot.policy, displace=False)), now)
 
 
 def random(snapshot: Snapshot, now: float, rng: Random) -> Plan:
@@ -45,6 +50,7 @@ def preemption(snapshot: Snapshot, now: float, rng: Random) -> Plan:
 
 POLICIES: Mapping[str, Decide] = {
     "ours": ours,
+    "no-migration": no_migration,
     "random": random,
     "locality": locality,
     "preemption": preemption,

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from sllm.core.ids import RequestId
 from sllm.core.residency import Tier
+from sllm.migration.policy import Progress
 from sllm.sim.spec import Arrival, Timing
 
 if TYPE_CHECKING:
@@ -42,17 +44,49 @@ class Request:
     waited_s: float = 0.0
     served: Served | None = None
     losses: int = 0
+    moves: int = 0
+    first_at: float = 0.0  # when its next token is the first that is new at its replica
     attempt: int = 0  # tells a deadline or an end from one that was overtaken
     outcome: Outcome | None = None
+
+    @property
+    def id(self) -> RequestId:
+        return RequestId(f"req-{self.number}")
 
     def begin(self, replica: Replica, timing: Timing, now: float) -> float:
         """Let it run on a replica from now on; return when it will end."""
         if self.served is None:
             self.served = self._kind(replica, now)
         self.waited_s += now - self.held_at + self._rework_s(timing)
+        self.first_at = now + self._first_s(timing)
+        return self._run(replica, timing, now)
+
+    def move(self, replica: Replica, timing: Timing, now: float, pause_s: float) -> float:
+        """Let it go on at another replica, after a pause that its client sees; return when it will end."""
+        self.output_tokens = self.tokens_at(timing, now)
+        self.first_at = max(self.first_at, now) + pause_s
+        self.waited_s += pause_s
+        self.moves += 1
+        return self._run(replica, timing, now)
+
+    def progress(self, timing: Timing, now: float) -> Progress:
+        """How far it is, as its gateway reports it."""
+        return Progress(
+            prompt_tokens=self.arrival.prompt_tokens,
+            output_tokens=self.tokens_at(timing, now),
+            interval_s=self._token_s(timing),
+        )
+
+    def tokens_at(self, timing: Timing, now: float) -> int:
+        """Its output by now, if it runs. The last token is never among them: it would have ended."""
+        ran_s = now - self.first_at
+        new = int(ran_s / self._token_s(timing)) if ran_s > 0 and self._token_s(timing) > 0 else 0
+        return min(max(0, self.arrival.output_tokens - 1), self.output_tokens + new)
+
+    def _run(self, replica: Replica, timing: Timing, now: float) -> float:
         self.replica, self.granted_at = replica, now
         self.attempt += 1
-        return now + self._first_s(timing) + (self.arrival.output_tokens - self.output_tokens) * self._token_s(timing)
+        return self.first_at + (self.arrival.output_tokens - self.output_tokens) * self._token_s(timing)
 
     def _kind(self, replica: Replica, now: float) -> Served:
         if now == self.arrival.at and replica.ready_at < now:
@@ -63,10 +97,7 @@ class Request:
 
     def interrupt(self, timing: Timing, now: float) -> None:
         """Its replica is lost; its gateway has the tokens that came until now."""
-        ran_s = now - self.granted_at - self._first_s(timing)
-        # The last token is never among them: it would have ended.
-        new = int(ran_s / self._token_s(timing)) if ran_s > 0 and self._token_s(timing) > 0 else 0
-        self.output_tokens = min(max(0, self.arrival.output_tokens - 1), self.output_tokens + new)
+        self.output_tokens = self.tokens_at(timing, now)
         self.replica = None
         self.losses += 1
         self.attempt += 1

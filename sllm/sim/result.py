@@ -79,7 +79,7 @@ def result_of(simulation: Simulation, *, policy: str, seed: int) -> Result:
         starts=simulation.controller.starts,
         resumed=sum(request.losses for request in ended),
         stopped_busy=simulation.controller.stopped_busy,
-        migrations=0,  # no policy here moves a request that runs: the scheduler does not do so by itself yet
+        migrations=simulation.controller.migrations,
         tier_mix={kind.value: served[kind] / total if total else 0.0 for kind in Served},
         estimator=simulation.controller.estimator.error,
         device_hours=simulation.device_s() / 3600,

@@ -8,6 +8,7 @@ from sllm.core.checkpoint import Checkpoint
 from sllm.core.deployment import Deployment, DeploymentSpec
 from sllm.core.device import DeviceKind
 from sllm.core.ids import DeploymentName, DeviceId, NodeName, ReplicaId
+from sllm.core.migration import RecomputeCost
 from sllm.core.replica import ReplicaSpec
 from sllm.core.snapshot import DeploymentView, Policy, Revision
 from sllm.core.startup import NOTHING_LEARNT, Learnt
@@ -46,6 +47,11 @@ class Timing:
     token_s: float = 0.0
     recompute_token_s: float = 0.0
     recompute_s: float = 0.0
+
+    @property
+    def recompute_cost(self) -> RecomputeCost:
+        """As if it had been measured often."""
+        return RecomputeCost(per_token_s=self.recompute_token_s, fixed_s=self.recompute_s, observations=1)
 
     def left_s(self, loaded_s: float) -> float:
         """What of the construction is left when the last byte comes, so long after the fork; 0: no later than that."""

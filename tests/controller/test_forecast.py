@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sllm.controller import forecast as forecasts
-from sllm.controller.forecast import OVERHEAD_S, ROUND_TRIP_S, Forecast
+from sllm.controller.forecast import Forecast
 from sllm.core.device import Device, DeviceKind, DeviceState
 from sllm.core.migration import RecomputeCost, Round
 from sllm.core.node import NodeReport, NodeState
 from sllm.core.replica import ReplicaSpec
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.snapshot import NodeView, Policy, ReplicaView, Snapshot
+from sllm.migration.outlook import OVERHEAD_S, ROUND_TRIP_S
 
 
 def replica(node: str = "a", digest: str = "m") -> ReplicaView:
@@ -91,7 +93,15 @@ def test_how_long_a_request_runs_on_is_its_tokens_times_their_interval():
     for _ in range(5):
         forecast.finished(row(output_tokens=15))
     assert forecast.outlook(row(output_tokens=10, max_tokens=30, interval_s=0.1), SNAPSHOT).left_s == pytest.approx(0.5)
-    forecast.forget("app")
+    assert forecast.outlook(row(output_tokens=12, interval_s=0.1), SNAPSHOT).left_s == pytest.approx(0.3)
+    other = replace(row(output_tokens=10, interval_s=0.1), deployment="new")
+    assert forecast.outlook(other, SNAPSHOT).left_s == pytest.approx(0.5), "those of others stand in"
+    for _ in range(5):
+        forecast.finished(replace(row(output_tokens=30), deployment="new"))
+    assert forecast.outlook(other, SNAPSHOT).left_s == pytest.approx(2.0), "until its own are known"
+    forecast.forget("new")
+    assert forecast.outlook(other, SNAPSHOT).left_s == pytest.approx(1.25)
+    forecast = Forecast()
     assert forecast.outlook(row(output_tokens=10, interval_s=0.1), SNAPSHOT).left_s is None
 
 

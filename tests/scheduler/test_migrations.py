@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.device import DeviceState
+from sllm.core.migration import Outlook
 from sllm.core.node import Cordon, NodeState
 from sllm.core.replica import ReplicaState
 from sllm.core.request import RequestRow, RequestState
 from sllm.core.residency import Tier
 from sllm.core.snapshot import Intent
 from sllm.scheduler.destinations import Obstacle
-from sllm.scheduler.migrations import ATTEMPTS, Outlook, Traffic, Wish, decide
+from sllm.scheduler.migrations import ATTEMPTS, Traffic, Wish, decide
 
 NODES = "abc"
 

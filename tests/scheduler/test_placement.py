@@ -91,16 +91,6 @@ def test_a_copy_that_is_still_being_made_is_no_copy(make):
     assert placed_in(make.snapshot(nodes=[view], deployments=[make.deployment()])).on is WaitsOn.NODES
 
 
-def test_room_without_a_replica_has_its_leased_devices(make):
-    leased = make.node("a", devices=[make.device("d0", DeviceState.LEASED)])
-    old = make.replica("x")
-    snapshot = make.snapshot(nodes=[leased], replicas=[old], deployments=[make.deployment()])
-    room = Room(snapshot)
-    assert isinstance(place(room, snapshot.deployments["app"]), Waiting)
-    assert place(room.without([old]), snapshot.deployments["app"]).devices == ("d0",)
-    assert isinstance(place(room, snapshot.deployments["app"]), Waiting)
-
-
 def test_a_device_that_is_free_but_too_small_is_not_said_to_be_taken(make):
     small = make.node("a", devices=[make.device("d0", memory_bytes=10)])
     waiting = placed_in(make.snapshot(nodes=[small], deployments=[make.deployment()]))

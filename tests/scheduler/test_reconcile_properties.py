@@ -9,13 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm.core.device import DeviceKind, DeviceState
+from sllm.core.migration import Outlook
 from sllm.core.node import Cordon, NodeState
 from sllm.core.priority import Priority
 from sllm.core.replica import ReplicaState
 from sllm.core.residency import Tier
 from sllm.core.snapshot import Command, Failures, Intent
 from sllm.core.startup import Learnt, Level, StartTimes
-from sllm.scheduler.plan import DrainReplica, RaisePriority, RemoveDeployment, StartReplica, StopReplica
+from sllm.scheduler.plan import (
+    DrainReplica,
+    KeepReplica,
+    MoveRequests,
+    RaisePriority,
+    RemoveDeployment,
+    StartReplica,
+    StopReplica,
+)
 from sllm.scheduler.reconcile import reconcile
 
 NODES, APPS, NOW = "abc", ("app", "bee"), 100.0
@@ -46,9 +55,15 @@ def snapshots(draw, make):
     for name in NODES:
         while free[name] and draw(st.booleans()):
             replica = draw_replica(draw, make, name, free[name].pop(), len(replicas))
-            replicas.append(replace(replica, leaving=nodes[NODES.index(name)].cordon.draining))
+            draining = nodes[NODES.index(name)].cordon.draining
+            replicas.append(replace(replica, leaving=replica.displaced or draining))
     apps = [draw_deployment(draw, make, name) for name in APPS]
-    loads = {r.spec.id: draw(st.integers(0, 10)) for r in replicas if r.ready}
+    loads = {r.spec.id: draw(st.integers(0, 3)) for r in replicas if r.serves}
+    running = {
+        replica: {f"req-{replica}-{number}": draw(outlooks()) for number in range(count)}
+        for replica, count in loads.items()
+        if count and draw(st.integers(0, 5))
+    }
     held = {name: count for name in APPS if (count := draw(st.integers(0, 20)))}
     return make.snapshot(
         nodes=nodes,
@@ -60,6 +75,17 @@ def snapshots(draw, make):
         loads_fresh=draw(st.booleans()),
         pinned=frozenset(r.spec.id for r in replicas if draw(st.integers(0, 4)) == 0),
         learnt=draw(learnt()),
+        running=running,
+    )
+
+
+def outlooks():
+    return st.builds(
+        Outlook,
+        pause_s=st.floats(0, 2),
+        move_s=st.floats(0, 5),
+        left_s=st.none() | st.floats(0, 100),
+        moves=st.integers(0, 4),
     )
 
 
@@ -79,7 +105,7 @@ def learnt(draw):
 
 
 def draw_replica(draw, make, node, device, number):
-    return make.replica(
+    found = make.replica(
         str(number),
         on=node,
         devices=[device],
@@ -92,6 +118,11 @@ def draw_replica(draw, make, node, device, number):
         retry_at=draw(TIMES),
         generation=number,
     )
+    # Long ready, just ready, or emptied for the other deployment already.
+    found = replace(found, ready_at=draw(st.sampled_from([None, 0.0, 0.0, NOW])))
+    if found.ready and draw(st.integers(0, 5)) == 0:
+        found = replace(found, room_for=draw(st.sampled_from(APPS)), leaving=True)
+    return found
 
 
 def draw_deployment(draw, make, name):
@@ -133,9 +164,16 @@ def carried_out(make, snapshot, plan):
             replicas[action.replica] = replace(replicas[action.replica], priority=action.priority)
         elif isinstance(action, RemoveDeployment):
             del deployments[action.deployment]
+        elif isinstance(action, MoveRequests):
+            replicas[action.replica] = replace(replicas[action.replica], room_for=action.room_for, leaving=True)
+        elif isinstance(action, KeepReplica):
+            kept = replace(replicas[action.replica], room_for=None, spared_until=NOW + 1.0)
+            replicas[action.replica] = replace(kept, leaving=snapshot.nodes[kept.node].cordon.draining)
         else:
             intent = Intent.DRAIN if isinstance(action, DrainReplica) else Intent.STOP
-            replicas[action.replica] = replace(replicas[action.replica], intent=intent, command=Command.SENT)
+            before = replicas[action.replica]
+            room_for = action.room_for or before.room_for
+            replicas[action.replica] = replace(before, intent=intent, command=Command.SENT, room_for=room_for)
     return replace(snapshot, replicas=replicas, deployments=deployments)
 
 
@@ -151,6 +189,8 @@ def test_every_plan_is_safe(make, data):
     after = carried_out(make, snapshot, plan)
     check_bounds(snapshot, after)
     check_priorities(snapshot, after)
+    if any(isinstance(action, KeepReplica) for action in plan.actions):
+        after = carried_out(make, after, reconcile(after, NOW))  # what stays may be more than is needed
     assert reconcile(after, NOW).actions == (), "an unchanged world gives an empty plan"
 
 
@@ -171,7 +211,8 @@ def check_leases(snapshot, plan):
 
 def check_endings(snapshot, plan):
     """Each replica is told at most once, and a start is ended only if nobody wants it any more."""
-    told = Counter(a.replica for a in plan.actions if isinstance(a, DrainReplica | StopReplica))
+    ends = DrainReplica | StopReplica | MoveRequests | KeepReplica
+    told = Counter(a.replica for a in plan.actions if isinstance(a, ends))
     assert all(count == 1 for count in told.values())
     for replica in map(snapshot.replicas.__getitem__, told):
         view = snapshot.deployments[replica.spec.deployment]
@@ -184,8 +225,12 @@ def check_bounds(before, after):
         if view.current.deployment.deleting:
             continue
         was, now = (sum(current(r, view) for r in s.replicas.values()) for s in (before, after))
+        # One whose displacement is given up is back beside the one that was started for what it had.
+        back = sum(
+            current(r, view) and before.replicas[i].displaced for i, r in after.replicas.items() if i in before.replicas
+        )
         spec = view.current.deployment.spec
-        assert now <= max(was, spec.max_replicas)
+        assert now <= max(was, spec.max_replicas) + back
         assert now >= min(was, spec.min_replicas)
 
 
