@@ -776,7 +776,7 @@ class DeploymentPlan(_message.Message):
     def __init__(self, deployment: _Optional[str] = ..., revision: _Optional[int] = ..., starts: _Optional[_Iterable[_Union[PlannedStart, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[PlannedStop, _Mapping]]] = ..., waits_for: _Optional[str] = ..., ready_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("heartbeat_s", "suspect_s", "dead_s", "drain_s", "start_backoff_s", "max_start_failures", "stable_after_s", "min_loaded_s", "prefetch", "max_copies", "swap_hold_s")
+    __slots__ = ("heartbeat_s", "suspect_s", "dead_s", "drain_s", "start_backoff_s", "max_start_failures", "stable_after_s", "min_loaded_s", "prefetch", "max_copies", "swap_hold_s", "displace")
     HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
     SUSPECT_S_FIELD_NUMBER: _ClassVar[int]
     DEAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -788,6 +788,7 @@ class Policy(_message.Message):
     PREFETCH_FIELD_NUMBER: _ClassVar[int]
     MAX_COPIES_FIELD_NUMBER: _ClassVar[int]
     SWAP_HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    DISPLACE_FIELD_NUMBER: _ClassVar[int]
     heartbeat_s: float
     suspect_s: float
     dead_s: float
@@ -799,7 +800,8 @@ class Policy(_message.Message):
     prefetch: bool
     max_copies: int
     swap_hold_s: float
-    def __init__(self, heartbeat_s: _Optional[float] = ..., suspect_s: _Optional[float] = ..., dead_s: _Optional[float] = ..., drain_s: _Optional[float] = ..., start_backoff_s: _Optional[float] = ..., max_start_failures: _Optional[int] = ..., stable_after_s: _Optional[float] = ..., min_loaded_s: _Optional[float] = ..., prefetch: bool = ..., max_copies: _Optional[int] = ..., swap_hold_s: _Optional[float] = ...) -> None: ...
+    displace: bool
+    def __init__(self, heartbeat_s: _Optional[float] = ..., suspect_s: _Optional[float] = ..., dead_s: _Optional[float] = ..., drain_s: _Optional[float] = ..., start_backoff_s: _Optional[float] = ..., max_start_failures: _Optional[int] = ..., stable_after_s: _Optional[float] = ..., min_loaded_s: _Optional[float] = ..., prefetch: bool = ..., max_copies: _Optional[int] = ..., swap_hold_s: _Optional[float] = ..., displace: bool = ...) -> None: ...
 
 class Level(_message.Message):
     __slots__ = ("value", "observations")
