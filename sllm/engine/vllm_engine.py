@@ -27,7 +27,7 @@ from sllm.engine.base import EngineCore, Hooks, Output
 from sllm.engine.vllm_args import engine_config
 from sllm.engine.vllm_errors import build_error
 from sllm.engine.vllm_recompute import Entrance, Recomputes
-from sllm.engine.vllm_tokens import engine_request, output_of, sampling_params
+from sllm.engine.vllm_tokens import check_for_vocabulary, engine_request, output_of, sampling_params
 from sllm.engine.weights import Weights
 from sllm.errors import EngineFailed, InvalidArgument, SllmError
 
@@ -129,6 +129,7 @@ class VllmCore:
         if request.num_output_tokens and params.prompt_logprobs is not None:
             params.prompt_logprobs = None
             params.skip_reading_prefix_cache = False  # it was not to be read for their sake
+        check_for_vocabulary(params, self._vocab_size)
         try:
             params.verify(self._core.vllm_config.model_config, None, None, None)
         except (ValueError, VLLMClientError) as error:

@@ -33,6 +33,21 @@ def sampling_params(data: bytes) -> Any:
         raise InvalidArgument(f"sampling parameters: {error}") from error
 
 
+def check_for_vocabulary(params: Any, vocab_size: int) -> None:
+    """Refuse what vLLM would only find out in the step, which would break the engine for everybody. A front end makes
+    none of it, but it may be another version, or another model's. Raises InvalidArgument."""
+    if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
+        raise InvalidArgument(f"sampling parameters: seed {params.seed} has more than 64 bits")
+    bad_words = params.bad_words_token_ids or []
+    if not all(bad_words):
+        raise InvalidArgument("sampling parameters: a bad word has no token")
+    tokens = {token for word in bad_words for token in word}
+    if params.min_tokens:
+        tokens |= params.all_stop_token_ids
+    if beyond := sorted(token for token in tokens if not 0 <= token < vocab_size):
+        raise InvalidArgument(f"sampling parameters: token {beyond[0]} is not in the vocabulary of {vocab_size}")
+
+
 def _check_fields(what: str, fields: dict[str, Any], known: set[str]) -> None:
     unknown = sorted(set(fields) - known)
     if unknown:

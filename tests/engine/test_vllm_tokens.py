@@ -88,6 +88,27 @@ def test_what_it_does_not_know_is_refused(vllm: SimpleNamespace, data: bytes, co
         vllm.tokens.sampling_params(data)
 
 
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b'{"seed": 18446744073709551616}', "seed"),
+        (b'{"_bad_words_token_ids": [[1], []]}', "no token"),
+        (b'{"_bad_words_token_ids": [[1, 10]]}', "token 10 "),
+        (b'{"_bad_words_token_ids": [[-1]]}', "token -1 "),
+        (b'{"_all_stop_token_ids": [3, 99], "min_tokens": 1}', "token 99 "),
+    ],
+)
+def test_what_would_break_a_step_is_refused(vllm: SimpleNamespace, data: bytes, complaint: str) -> None:
+    params = vllm.tokens.sampling_params(data)
+    with pytest.raises(InvalidArgument, match=complaint):
+        vllm.tokens.check_for_vocabulary(params, 10)
+
+
+def test_what_a_front_end_fills_in_is_not(vllm: SimpleNamespace) -> None:
+    params, _ = filled_in(vllm)
+    vllm.tokens.check_for_vocabulary(params, 10)
+
+
 def test_a_request_keeps_everything(vllm: SimpleNamespace, request_of: Callable[..., Any]) -> None:
     from dataclasses import replace
 
