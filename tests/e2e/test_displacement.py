@@ -16,7 +16,7 @@ from e2e.streams import Answer, record
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-BODY: dict[str, Any] = {"model": "long", "prompt": "Python is", "max_tokens": 2000, "ignore_eos": True, "seed": 7}
+BODY: dict[str, Any] = {"model": "long", "prompt": "Python is", "max_tokens": 800, "ignore_eos": True, "seed": 7}
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_a_stream_moves_for_a_model_whose_only_copy_is_there_and_its_client_does
         assert answer.usage is not None
         assert stream.is_alive(), "it was answered while the other went on"
         assert operator.node_of(request) == "node-2"
+        assert [r["node"] for r in cluster.replicas("scarce", "ready")] == ["node-1"]
     stream.join()
     assert answers == [expected]
-    assert [r["node"] for r in cluster.replicas("scarce", "ready")] == ["node-1"]
     (start,) = [d for d in cluster.json("explain", "long")["decisions"] if d["node"] == "node-2"]
     assert "scarce needs its devices" in start["why"]
