@@ -354,8 +354,9 @@ class Controller:
         self._state.gives_way(replica, None, spared_until=self._events.now + SPARED_S)
         self._displaced.discard(replica)
         view = self._state.replicas[replica]
-        if view.ready:
-            self._gateway.open(self._nodes[view.node].replicas[replica])
+        there = self._nodes[view.node].replicas.get(replica)  # None: its node has failed
+        if view.ready and there is not None:
+            self._gateway.open(there)
 
     def _end(self, replica: ReplicaId, intent: Intent, room_for: DeploymentName | None) -> None:
         view = self._state.replicas[replica]

@@ -61,7 +61,8 @@ class Mover:
                 self._begin(snapshot, order)
 
     def _traffic(self, sources: list[ReplicaView]) -> Traffic:
-        running = [request for source in sources for request in self._on(source).running.values()]
+        there = [replica for source in sources if (replica := self._on(source)) is not None]
+        running = [request for replica in there for request in replica.running.values()]
         return Traffic(
             requests={request.id: self._row(request) for request in running},
             outlooks={request.id: self._gateway.outlook(request) for request in running},
@@ -86,15 +87,18 @@ class Mover:
             moves=request.moves,
         )
 
-    def _on(self, view: ReplicaView) -> Replica:
-        return self._nodes[view.node].replicas[view.spec.id]
+    def _on(self, view: ReplicaView) -> Replica | None:
+        """None: its node has failed, which the controller does not know yet."""
+        return self._nodes[view.node].replicas.get(view.spec.id)
 
     def _begin(self, snapshot: Snapshot, order: Order) -> None:
-        source = self._on(snapshot.replicas[order.source])
+        source, target = (self._on(snapshot.replicas[name]) for name in (order.source, order.target))
+        if source is None or target is None:
+            return
         by_id = {request.id: request for request in source.running.values()}
         flight = _Flight(
             source=source,
-            target=self._on(snapshot.replicas[order.target]),
+            target=target,
             left=deque(by_id[request] for request in order.requests),
             moving={},
         )

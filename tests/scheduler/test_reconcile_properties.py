@@ -178,7 +178,7 @@ def carried_out(make, snapshot, plan):
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_every_plan_is_safe(make, data):
     snapshot = data.draw(snapshots(make))
     plan = reconcile(snapshot, NOW)
