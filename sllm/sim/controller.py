@@ -51,7 +51,8 @@ _MOST_PASSES = 100  # at one instant: a policy that wants more never comes to re
 
 class Controller:
     """`thorough`: pass after every event, and look at all; else only where something changed that a plan can depend on,
-    at what it can depend on, which is quicker and comes to the same (`tests/sim`)."""
+    at what it can depend on, which is quicker and comes to the same (`tests/sim`), but for displacement, whose gain
+    changes with the time alone."""
 
     def __init__(
         self,

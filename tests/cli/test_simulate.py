@@ -76,7 +76,13 @@ def test_the_same_command_gives_the_same_numbers(sllm, scenario):
 
 def test_a_table_has_means_only_over_several_seeds(sllm, scenario):
     once = sllm("simulate", scenario).out
-    assert [line.split()[0] for line in once.splitlines()[2:]] == ["ours", "no-migration", "random", "locality", "preemption"]
+    assert [line.split()[0] for line in once.splitlines()[2:]] == [
+        "ours",
+        "no-migration",
+        "random",
+        "locality",
+        "preemption",
+    ]
     twice = sllm("simulate", scenario, "--policy", "ours", "--seeds", "2").out
     assert "MEANS OVER SEEDS" in twice
     assert twice.splitlines()[-1].startswith("ours    2 ")
