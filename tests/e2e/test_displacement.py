@@ -16,7 +16,7 @@ from e2e.streams import Answer, record
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-BODY: dict[str, Any] = {"model": "long", "prompt": "Python is", "max_tokens": 800, "ignore_eos": True, "seed": 7}
+BODY: dict[str, Any] = {"model": "long", "prompt": "Python is", "max_tokens": 1500, "ignore_eos": True, "seed": 7}
 
 
 @pytest.fixture
