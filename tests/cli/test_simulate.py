@@ -137,7 +137,10 @@ def test_a_plot_is_drawn_or_what_is_missing_is_said(sllm, scenario, tmp_path):
 
 
 def test_an_interrupted_command_prints_what_is_done(scenario):
-    command = [sys.executable, "-c", "import sys; from sllm.cli.main import main; sys.exit(main(sys.argv[1:]))"]
+    # Who runs the tests in the background has told their children to ignore it.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from sllm.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code]
     process = subprocess.Popen(
         [*command, "simulate", scenario, "--policy", "ours", "--seeds", "100000", "-o", "json"],
         stdout=subprocess.PIPE,
