@@ -90,7 +90,7 @@ class ControllerConfig(Section):
     max_start_failures: int = Field(default=3, ge=1, description="failed starts in a row before giving up")
     start_backoff_s: float = Field(default=1.0, ge=0, description="doubles with each failed start")
     stable_after_s: float = Field(default=10.0, ge=0, description="a replica that dies sooner is a failed start")
-    displace: bool = Field(default=True, description="move what runs, if that lets waiting requests begin sooner")
+    displace: bool = Field(default=False, description="move what runs, if that lets waiting requests begin sooner")
     drain_s: float = Field(default=60.0, ge=0, description="time for running requests when a replica goes")
     record: Path | None = Field(default=None, description="every plan is appended here, with its snapshot")
     min_loaded_s: float = Field(default=1.0, ge=0, description="before a replica makes room for another deployment")

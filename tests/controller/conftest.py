@@ -364,7 +364,8 @@ class Bench:
         self._stack = AsyncExitStack()
 
     async def open(self, store: StateStore, **config: Any) -> Bench:
-        values = {"listen": "127.0.0.1:0", "state_dir": "unused", "node_lease_s": 15.0, "drain_s": 30.0, **config}
+        values = {"listen": "127.0.0.1:0", "state_dir": "unused", "node_lease_s": 15.0, "drain_s": 30.0}
+        values |= {"displace": True, **config}
         self.controller = await self._stack.enter_async_context(
             running(ControllerConfig(**values), store, self.clock, None)
         )
