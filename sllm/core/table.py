@@ -14,13 +14,12 @@ K = TypeVar("K", bound=str | tuple[str, str | int])
 V = TypeVar("V")
 D = TypeVar("D")
 
-_SHARE = (
-    4  # buckets are more than entries in one by this factor: copying an entry is dearer than copying a bucket's place
-)
+# Buckets are more than entries in one by this factor: copying an entry is dearer than copying a bucket's place.
+_SHARE = 4
 
 
 class View(Mapping[K, V]):
-    """Immutable."""
+    """Immutable, but for a `Table`, which is its own."""
 
     __slots__ = ("_buckets", "_count", "_mask")
 
@@ -49,13 +48,11 @@ class View(Mapping[K, V]):
         return self._count
 
 
-class Table(MutableMapping[K, V]):
+class Table(View[K, V], MutableMapping[K, V]):
     """For one owner."""
 
     def __init__(self, entries: Mapping[K, V] | None = None) -> None:
-        self._buckets: list[dict[K, V]] = [{}]
-        self._mask = 0
-        self._count = 0
+        super().__init__([{}], 0)
         # Of the buckets, those that no view has.
         self._own = {0}
         self._view: View[K, V] | None = None
@@ -68,19 +65,6 @@ class Table(MutableMapping[K, V]):
             self._view = View(self._buckets, self._count)
             self._own = set()
         return self._view
-
-    def __getitem__(self, key: K) -> V:
-        return self._buckets[hash(key) & self._mask][key]
-
-    @overload
-    def get(self, key: K) -> V | None: ...
-    @overload
-    def get(self, key: K, default: V | D) -> V | D: ...
-    def get(self, key: K, default: V | D | None = None) -> V | D | None:
-        return self._buckets[hash(key) & self._mask].get(key, default)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._buckets[hash(key) & self._mask]
 
     def __setitem__(self, key: K, value: V) -> None:
         bucket = self._changeable(key)
@@ -95,12 +79,6 @@ class Table(MutableMapping[K, V]):
             raise KeyError(key)
         del self._changeable(key)[key]
         self._count -= 1
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(sorted(chain.from_iterable(self._buckets)))
-
-    def __len__(self) -> int:
-        return self._count
 
     def _changeable(self, key: K) -> dict[K, V]:
         number = hash(key) & self._mask
