@@ -96,8 +96,6 @@ class Agenda:
         # A replica that comes and goes before the next plan leaves no trace in what that is made from.
         self._touched |= {action.deployment for action in plan.actions if isinstance(action, StartReplica)}
         self.reasons.update(plan.reasons)
-        # A start that comes to nothing before anybody looks again leaves no trace.
-        self._touched |= {action.deployment for action in plan.actions if isinstance(action, StartReplica)}
         for name, at in plan.wakes.items():
             self._wake_at[name] = at
             heapq.heappush(self._wakes, (at, name))

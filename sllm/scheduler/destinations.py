@@ -64,7 +64,7 @@ class Places:
         """The other replicas of its revision, to which a request's tokens mean the same; the oldest first."""
         spec = source.spec
         of_deployment = self._replicas.get(spec.deployment, [])
-        return [r for r in of_deployment if r.spec.id != spec.id and _same(r.spec, spec)]
+        return [r for r in of_deployment if r.spec.id != spec.id and same_revision(r.spec, spec)]
 
     def left(self, replica: ReplicaView) -> int:
         name = replica.spec.id
@@ -169,7 +169,8 @@ def _start(
     )
 
 
-def _same(one: ReplicaSpec, other: ReplicaSpec) -> bool:
+def same_revision(one: ReplicaSpec, other: ReplicaSpec) -> bool:
+    """True if, of one deployment, a request's tokens mean the same to both."""
     return (one.revision, one.digest) == (other.revision, other.digest)
 
 

@@ -10,7 +10,7 @@ from sllm.core.residency import Tier
 from sllm.core.snapshot import DeploymentView, NodeView, Snapshot
 from sllm.core.startup import Basis
 from sllm.scheduler.estimate import seconds_per_byte
-from sllm.scheduler.loading import load_bytes_on
+from sllm.scheduler.loading import load_bytes
 from sllm.scheduler.placement import device_bytes
 
 
@@ -56,7 +56,8 @@ def worth(snapshot: Snapshot, node: NodeView, interest: Interest | None, digest:
     if interest is None:
         return 0.0
     others = sum(other.in_memory(digest) for other in snapshot.nodes.values() if other is not node)
-    return interest.rate_rps * load_bytes_on(snapshot.learnt, node, digest) * pace.seconds / (1 + others)
+    read_bytes = load_bytes(snapshot.learnt, node.report.name, digest, node.stored_bytes(digest))
+    return interest.rate_rps * read_bytes * pace.seconds / (1 + others)
 
 
 def could_run(node: NodeView, view: DeploymentView) -> bool:

@@ -57,7 +57,7 @@ class LoadingQueues:
         entry = self._index.entries[node.report.name]
         if not entry.in_memory(digest):
             self._last += 1
-            load = _Load(left_bytes=load_bytes(self._learnt, entry, digest), priority=priority, number=self._last)
+            load = _Load(left_bytes=self._load_bytes(entry, digest), priority=priority, number=self._last)
             self._loads[entry.name] = _put(self._of(entry), digest, load)
 
     def turn(self, node: NodeView, digest: str, priority: Priority) -> Turn:
@@ -69,12 +69,15 @@ class LoadingQueues:
             return _IN_MEMORY
         loads = self._of(entry)
         if not loads:
-            return Turn(size_bytes=load_bytes(self._learnt, entry, digest), ahead_bytes=0)
+            return Turn(size_bytes=self._load_bytes(entry, digest), ahead_bytes=0)
         own = loads.get(digest)
         mine = (min(own.priority, priority), own.number) if own else (priority, self._last + 1)
         ahead = sum(o.left_bytes for d, o in loads.items() if d != digest and (o.priority, o.number) < mine)
-        left_bytes = own.left_bytes if own else load_bytes(self._learnt, entry, digest)
+        left_bytes = own.left_bytes if own else self._load_bytes(entry, digest)
         return Turn(size_bytes=left_bytes, ahead_bytes=ahead)
+
+    def _load_bytes(self, entry: NodeEntry, digest: str) -> int:
+        return load_bytes(self._learnt, entry.name, digest, entry.stored_bytes.get(digest, 0))
 
     def _of(self, entry: NodeEntry) -> Mapping[str, _Load]:
         loads = self._loads.get(entry.name)
@@ -93,7 +96,7 @@ class LoadingQueues:
         if status is not None and status.phase in _READ:
             return loads
         there = status.progress if status is not None and status.phase is StartPhase.LOADING else 0.0
-        left_bytes = int(load_bytes(self._learnt, entry, digest) * (1.0 - min(max(there, 0.0), 1.0)))
+        left_bytes = int(self._load_bytes(entry, digest) * (1.0 - min(max(there, 0.0), 1.0)))
         return _put(
             loads,
             digest,
@@ -112,12 +115,7 @@ def _put(loads: Mapping[str, _Load], digest: str, load: _Load) -> Mapping[str, _
     return {**loads, digest: load}
 
 
-def load_bytes(learnt: Learnt, entry: NodeEntry, digest: str) -> int:
+def load_bytes(learnt: Learnt, node: NodeName, digest: str, stored_bytes: int) -> int:
     """What a load of a checkpoint reads on a node: as the last one did, which may have been in a layout of another
     size, else the copy at rest."""
-    return learnt.load_bytes.get((entry.name, digest)) or entry.stored_bytes.get(digest, 0)
-
-
-def load_bytes_on(learnt: Learnt, node: NodeView, digest: str) -> int:
-    """The same, of a node as it was reported."""
-    return learnt.load_bytes.get((node.report.name, digest)) or node.stored_bytes(digest)
+    return learnt.load_bytes.get((node, digest)) or stored_bytes

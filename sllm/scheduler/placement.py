@@ -323,27 +323,23 @@ def device_bytes(view: DeploymentView) -> int:
     return -(-view.current.size_bytes // view.current.deployment.spec.devices)
 
 
-def _usable(room: Room, node: NodeView, view: DeploymentView) -> list[Device]:
-    return [device for device in room.free(node) if device.memory_bytes >= device_bytes(view)]
-
-
 def _refusal(room: Room, node: NodeView, view: DeploymentView) -> Candidate | None:
     """Why the node cannot be taken now, if so."""
     name = node.report.name
     if node.state is not NodeState.READY:
         return Candidate(node=name, refused=f"it is {node.state.value}", waits_on=WaitsOn.NODES)
     wanted, needed = view.current.deployment.spec.devices, device_bytes(view)
-    usable, free = len(_usable(room, node, view)), len(room.free(node))
-    if usable >= wanted:
+    fit, free = len(usable(room, node, view)), len(room.free(node))
+    if fit >= wanted:
         return None
     sizes = [device.memory_bytes for device in node.report.devices if device.state is not DeviceState.LOST]
     large = sum(size >= needed for size in sizes)
     if large < min(wanted, len(sizes)):
         text = f"{large} of {wanted} devices have the {needed} bytes that are needed, the largest has {max(sizes)}"
         return Candidate(node=name, refused=text, waits_on=WaitsOn.MEMORY)
-    too_small = f", and {free - usable} with less than the {needed} bytes that are needed" if free > usable else ""
+    too_small = f", and {free - fit} with less than the {needed} bytes that are needed" if free > fit else ""
     closed = f", {len(node.cordon.devices)} cordoned" if node.cordon.devices else ""
-    text = f"{usable} of {wanted} devices are free{too_small}{closed}"
+    text = f"{fit} of {wanted} devices are free{too_small}{closed}"
     return Candidate(node=name, refused=text, waits_on=WaitsOn.DEVICES)
 
 

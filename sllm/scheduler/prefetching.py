@@ -13,7 +13,7 @@ from sllm.core.ids import DeviceId
 from sllm.core.residency import Residency, ResidencyState, Tier
 from sllm.core.snapshot import DeploymentView, NodeView, Snapshot
 from sllm.scheduler.interest import Interest, by_worth, could_run, free_bytes, worth
-from sllm.scheduler.loading import load_bytes_on
+from sllm.scheduler.loading import load_bytes
 from sllm.scheduler.placement import Placement, device_bytes, place
 from sllm.scheduler.residency_plan import Prefetch, Recent
 from sllm.scheduler.room import Room
@@ -37,7 +37,6 @@ class _Prefetcher:
         self._recent = recent
         self._now = now
         self._room = Room(snapshot)
-        self._replicas = snapshot.replicas_by_deployment()
         self._reading = {name for name, node in snapshot.nodes.items() if _is_reading(node)}
 
     def prefetches(self) -> tuple[Prefetch, ...]:
@@ -52,7 +51,7 @@ class _Prefetcher:
 
     def _may_start(self, view: DeploymentView) -> bool:
         """True if a start of it may come, and none is under way or due that would read it anyway."""
-        live = [replica for replica in self._replicas.get(view.name, []) if replica.live]
+        live = [replica for replica in self._room.index.of_deployment.get(view.name, ()) if replica.live]
         starting = any(replica.starting for replica in live)
         full = len(live) >= view.current.deployment.spec.max_replicas
         return not (starting or full or view.failures or view.name in self._snapshot.held)
@@ -93,8 +92,10 @@ class _Prefetcher:
 
     def _victims(self, node: NodeView, interest: Interest) -> tuple[str, ...] | None:
         """What gives its room, the least worthy per byte first; None: it does not fit, or is not worth it."""
-        gain = worth(self._snapshot, node, interest, interest.digest)
-        short = load_bytes_on(self._snapshot.learnt, node, interest.digest) - free_bytes(node, Tier.DRAM)
+        digest = interest.digest
+        gain = worth(self._snapshot, node, interest, digest)
+        needed_bytes = load_bytes(self._snapshot.learnt, node.report.name, digest, node.stored_bytes(digest))
+        short = needed_bytes - free_bytes(node, Tier.DRAM)
         if not gain:
             return None
         chosen: list[str] = []
@@ -117,7 +118,7 @@ class _Prefetcher:
     def _in_use(self, node: NodeView) -> set[str]:
         """What replicas need in memory: all that start; on a CPU the weights of those that serve are there too."""
         cpu = any(device.kind is DeviceKind.CPU for device in node.report.devices)
-        there = (r for r in self._snapshot.replicas.values() if r.node == node.report.name)
+        there = self._room.index.entries[node.report.name].replicas
         return {replica.spec.digest for replica in there if cpu or replica.starting}
 
 

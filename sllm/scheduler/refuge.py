@@ -17,6 +17,7 @@ from sllm.core.node import NodeState
 from sllm.core.priority import Priority
 from sllm.core.snapshot import DeploymentView, NodeView, ReplicaView, Snapshot
 from sllm.core.startup import Estimate
+from sllm.scheduler.destinations import same_revision
 from sllm.scheduler.placement import avoided, startup, usable
 from sllm.scheduler.room import Room
 
@@ -60,7 +61,7 @@ class Refuge:
 def refuge(snapshot: Snapshot, room: Room, source: ReplicaView, reserved: Reserved) -> Refuge | None:
     """Where what runs on `source` can go on, the soonest; None: nowhere."""
     running = list(snapshot.running.get(source.spec.id, {}).values())
-    return _beside(snapshot, source, running, reserved) or _anew(snapshot, room, source, running, reserved)
+    return _beside(snapshot, room, source, running, reserved) or _anew(snapshot, room, source, running, reserved)
 
 
 def emptied_s(running: Iterable[Outlook], ready_s: float) -> tuple[float, float]:
@@ -83,10 +84,12 @@ def _left(outlook: Outlook) -> float:
     return float("inf") if outlook.left_s is None else outlook.left_s
 
 
-def _beside(snapshot: Snapshot, source: ReplicaView, running: Sequence[Outlook], reserved: Reserved) -> Refuge | None:
+def _beside(
+    snapshot: Snapshot, room: Room, source: ReplicaView, running: Sequence[Outlook], reserved: Reserved
+) -> Refuge | None:
     """At ready replicas of its revision on other nodes, if they have room for all of it."""
     left, taken, nodes = len(running), dict(reserved.room), []
-    for peer in _peers(snapshot, source):
+    for peer in _peers(snapshot, room, source):
         name = peer.spec.id
         fit = peer.spec.capacity - snapshot.loads.get(name, 0) - taken.get(name, 0)
         if left and fit > 0:
@@ -100,23 +103,16 @@ def _beside(snapshot: Snapshot, source: ReplicaView, running: Sequence[Outlook],
     return Refuge(nodes=tuple(dict.fromkeys(nodes)), empty_s=empty_s, pause_s=pause_s, reserved=after)
 
 
-def _peers(snapshot: Snapshot, source: ReplicaView) -> list[ReplicaView]:
+def _peers(snapshot: Snapshot, room: Room, source: ReplicaView) -> list[ReplicaView]:
     """Those with the most room first."""
-    spec = source.spec
 
     def fits(peer: ReplicaView) -> bool:
-        same = (peer.spec.deployment, peer.spec.revision, peer.spec.digest) == (
-            spec.deployment,
-            spec.revision,
-            spec.digest,
-        )
         node = snapshot.nodes.get(peer.node)
-        return same and peer.ready and peer.node != source.node and node is not None and node.state is NodeState.READY
+        open_there = node is not None and node.state is NodeState.READY
+        return peer.ready and peer.node != source.node and open_there and same_revision(peer.spec, source.spec)
 
-    loads = snapshot.loads
-    return sorted(
-        (peer for peer in snapshot.replicas.values() if fits(peer)), key=lambda p: (loads.get(p.spec.id, 0), p.spec.id)
-    )
+    peers = [peer for peer in room.index.of_deployment.get(source.spec.deployment, ()) if fits(peer)]
+    return sorted(peers, key=lambda p: (snapshot.loads.get(p.spec.id, 0), p.spec.id))
 
 
 def _anew(

@@ -31,11 +31,8 @@ class Room:
 
     def start(self, node: NodeName, devices: Iterable[DeviceId], digest: str, priority: Priority) -> None:
         """A start is planned: it takes its devices, and its turn in the loading queue."""
-        self._taken = {**self._taken, node: self._taken.get(node, _NONE).union(devices)}
+        self.claim(node, devices, digest, priority)
         self._more[node] += 1
-        view = self.index.entries[node].view
-        assert view is not None  # else nothing would be started there
-        self.queues.add(view, digest, priority)
 
     def claim(self, node: NodeName, devices: Iterable[DeviceId], digest: str, priority: Priority) -> None:
         """A start will follow as soon as all of these devices are free: nobody else has those that are."""

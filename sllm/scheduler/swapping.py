@@ -17,7 +17,7 @@ from sllm.core.popularity import product_falls_to
 from sllm.core.residency import Tier
 from sllm.core.snapshot import DeploymentView, NodeView, ReplicaView, Snapshot
 from sllm.scheduler.estimate import Start, estimate
-from sllm.scheduler.loading import load_bytes_on
+from sllm.scheduler.loading import load_bytes
 
 AT_ONCE = float("-inf")
 
@@ -77,7 +77,7 @@ def _start_s(snapshot: Snapshot, node: NodeView, replica: ReplicaView, view: Dep
         kind=kind,
         digest=digest,
         tier=Tier.DRAM if in_memory else Tier.SSD,
-        size_bytes=0 if in_memory else load_bytes_on(snapshot.learnt, node, digest),
+        size_bytes=0 if in_memory else load_bytes(snapshot.learnt, node.report.name, digest, node.stored_bytes(digest)),
         ahead_bytes=0,
     )
     found = estimate(snapshot.learnt, start)
