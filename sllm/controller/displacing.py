@@ -7,15 +7,12 @@ orders are those of migrations and drains (`moving`).
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 
 from sllm.controller import jobs, moving, progress
-from sllm.controller.jobs import Job
 from sllm.controller.world import World
-from sllm.core.ids import OperationId, ReplicaId, RequestId, make_id
+from sllm.core.ids import ReplicaId, RequestId
 from sllm.core.migration import Outlook
-from sllm.core.operation import Operation, OperationState
 from sllm.core.request import RequestState
 from sllm.core.snapshot import Snapshot
 from sllm.errors import Cancelled
@@ -42,23 +39,17 @@ def foreseen(world: World, snapshot: Snapshot) -> Snapshot:
 def begin(world: World, action: MoveRequests) -> None:
     """Send nothing new to a replica; what runs on it is moved by the passes that follow."""
     view, wall = world.cluster.replicas[action.replica], world.clock.wall()
-    operation = Operation(
-        id=OperationId(make_id("op", os.urandom(8))),
-        kind=jobs.DISPLACE,
-        target=action.replica,
-        state=OperationState.RUNNING,
+    job = jobs.new_job(
+        jobs.DISPLACE,
+        action.replica,
+        wall=wall,
         phase=action.why,
-        created_at=wall,
-        updated_at=wall,
-    )
-    job = Job(
-        operation=operation,
         nodes=(view.node,),
         replica=action.replica,
         deadline_at=wall + DISPLACE_S,
         why=action.why,
     )
-    log.info("empty %s of %s on %s (%s): %s", action.replica, view.spec.deployment, view.node, operation.id, action.why)
+    log.info("empty %s of %s on %s (%s): %s", action.replica, view.spec.deployment, view.node, job.id, action.why)
     world.cluster.gives_way(action.replica, action.room_for)
     world.jobs.put(job)
 

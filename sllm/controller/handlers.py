@@ -25,7 +25,6 @@ from sllm.controller.events import (
 from sllm.controller.jobs import Job
 from sllm.controller.router import Waiter
 from sllm.controller.routes import targets
-from sllm.controller.store.base import Op
 from sllm.controller.waits import Wait
 from sllm.controller.world import World
 from sllm.core.ids import DeploymentName
@@ -155,7 +154,7 @@ class Handlers:
         world, wall = self._world, self._world.clock.wall()
         view = changes.deployed(world.snapshot(world.clock.monotonic()), event.spec, wall)
         job = self._job(event.request_id, jobs.DEPLOY, view.name, revision=view.current.number)
-        await self._commit([records.put_deployment(view)], job)
+        await self._world.commit_job([records.put_deployment(view)], job)
         world.cluster.deployments[view.name] = view
         return job.operation
 
@@ -166,7 +165,7 @@ class Handlers:
         snapshot = world.snapshot(world.clock.monotonic())
         view = changes.deleted(changes.found(snapshot, event.name), world.clock.wall())
         job = self._job(event.request_id, jobs.DELETE, view.name)
-        await self._commit([records.put_deployment(view)], job)
+        await self._world.commit_job([records.put_deployment(view)], job)
         world.cluster.deployments[view.name] = view
         for waiter in world.router.empty(view.name):
             world.tickets[waiter.ticket].fail(NotFound(f"deployment {view.name!r} was deleted"))
@@ -179,7 +178,7 @@ class Handlers:
         snapshot = world.snapshot(world.clock.monotonic())
         view = changes.scaled(changes.found(snapshot, event.name), event, world.clock.wall())
         job = self._job(event.request_id, jobs.SCALE, view.name, revision=view.current.number)
-        await self._commit([records.put_deployment(view)], job)
+        await self._world.commit_job([records.put_deployment(view)], job)
         world.cluster.deployments[view.name] = view
         for replica in autoscale.surplus(snapshot, view, world.cluster.of(view.name), event.replicas):
             intent = Intent.DRAIN if replica.ready else Intent.STOP
@@ -219,7 +218,7 @@ class Handlers:
         deadline_at = world.clock.wall() + moving.MIGRATE_S
         fields = {"nodes": (event.node,), "requests": requests, "replica": event.replica, "deadline_at": deadline_at}
         job = moves.joined(world.jobs.moving(), self._job(event.request_id, jobs.MIGRATE, target, **fields))
-        await self._commit([], job)
+        await self._world.commit_job([], job)
         return job.operation
 
     async def _drain(self, event: DrainRequest) -> Operation:
@@ -231,7 +230,7 @@ class Handlers:
         job = self._job(event.request_id, jobs.DRAIN, node, nodes=(node,), deadline_at=deadline_at)
         job = moves.joined(world.jobs.moving(), job)
         cordon = replace(world.cluster.cordons.get(node, OPEN), node=True, draining=True)
-        await self._commit([records.put_node(node, cordon)], job)
+        await self._world.commit_job([records.put_node(node, cordon)], job)
         world.cluster.close(node, cordon)
         return job.operation
 
@@ -257,7 +256,7 @@ class Handlers:
     async def _copy(self, job: Job) -> Operation:
         """Begin to work on a checkpoint's copies, or join who does the same already. One job at a time has the name."""
         job = checkpoints.joined(self._world.jobs.copying(job.operation.target), job)
-        await self._commit([], job)
+        await self._world.commit_job([], job)
         return job.operation
 
     async def _copy_progressed(self, event: CopyProgressed) -> None:
@@ -285,9 +284,6 @@ class Handlers:
 
     def _job(self, request_id: str, kind: str, target: str, **fields: Any) -> Job:
         return jobs.new_job(kind, target, wall=self._world.clock.wall(), request_id=request_id, **fields)
-
-    async def _commit(self, ops: list[Op], job: Job) -> None:
-        await self._world.commit_job(ops, job)
 
 
 def grant_held(world: World, name: DeploymentName, now: float) -> None:

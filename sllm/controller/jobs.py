@@ -60,13 +60,14 @@ class Job:
         return self.operation.state is OperationState.RUNNING
 
 
-def new_job(kind: str, target: str, *, wall: float, request_id: str = "", **fields: Any) -> Job:
+def new_job(kind: str, target: str, *, wall: float, request_id: str = "", phase: str = "", **fields: Any) -> Job:
     """A job that begins now, with an id of its own. `fields` are its parameters."""
     operation = Operation(
         id=OperationId(make_id("op", os.urandom(8))),
         kind=kind,
         target=target,
         state=OperationState.RUNNING,
+        phase=phase,
         created_at=wall,
         updated_at=wall,
     )

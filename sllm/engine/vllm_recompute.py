@@ -94,10 +94,12 @@ class Recomputes:
 
     def _end(self, cache: Any, request: Any, most_tokens: int) -> int | None:
         """Return where the next piece ends, behind a whole block; None: with the request."""
+        if self._whole:
+            return None
         blocks = max(1, most_tokens // self._block_size)
         cached = cache.get_computed_blocks(request)[1]
         end = (cached // self._block_size + blocks) * self._block_size
-        return None if self._whole or end >= request.num_tokens else int(end)
+        return None if end >= request.num_tokens else int(end)
 
     def strip(self, output: Output) -> Output | None:
         """Return an output of a step: a recompute's without its token, None of one that is not done yet."""

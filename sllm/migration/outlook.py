@@ -17,10 +17,10 @@ def outlook(progress: Progress, cost: RecomputeCost, *, left_tokens: float | Non
     """`left_tokens`: how many more it is expected to have; None: nobody knows."""
     road = Road(cost=cost, block_size=BLOCK_TOKENS, round_trip_s=ROUND_TRIP_S)
     pause = pause_s(progress, progress.tokens, road)
-    known = left_tokens is not None and progress.interval_s > 0
+    left_s = None if left_tokens is None or progress.interval_s <= 0 else left_tokens * progress.interval_s
     return Outlook(
         pause_s=pause,
         move_s=OVERHEAD_S + predicted_s(cost, progress.tokens) + pause,
-        left_s=left_tokens * progress.interval_s if known and left_tokens is not None else None,
+        left_s=left_s,
         moves=moves,
     )

@@ -135,15 +135,12 @@ class Gateway:
         left = self._lengths.left(request.arrival.deployment, progress.output_tokens, 0)
         return outlook(progress, timing.recompute_cost, left_tokens=left, moves=request.moves)
 
-    def hand_over(self, request: Request, target: Replica, pause_s: float) -> Replica:
-        """Let it go on at another replica, which has room; return the one that it has left."""
-        source = request.replica
-        assert source is not None
+    def hand_over(self, request: Request, target: Replica, pause_s: float) -> None:
+        """Let it go on at another replica, which has room."""
         self._forget(request)
         end_at = request.move(target, target.model.timing, self._events.now, pause_s)
         self._enter(request, target, end_at)
         self._on_touched(request.arrival.deployment)
-        return source
 
     def _hold(self, request: Request) -> None:
         """Put it in its line. It is given up when its time is over, counted from now."""

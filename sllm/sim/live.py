@@ -19,11 +19,11 @@ from sllm.core.replica import ReplicaState
 from sllm.core.residency import ResidencyState, Tier
 from sllm.core.startup import Learnt, StartTimes
 from sllm.errors import InvalidArgument, NotFound, Unavailable
+from sllm.scheduler.displacement import RELEASE_S
 from sllm.scheduler.estimate import GUESSED_BANDWIDTH_BPS, GUESSED_FORK_S, GUESSED_GRANT_S, GUESSED_WHOLE_S
 from sllm.sim.spec import Arrival, Cluster, Failure, ModelSpec, NodeSpec, Present, Timing
 
 ASSUMED_TOKEN_S = 0.03
-RELEASE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
